@@ -1,1 +1,9 @@
-//! Work in progress.
+//! Experiments that print tables and JSON.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod clone;
+pub mod demo;
+pub mod fault;
+mod qemu;
+pub mod report;

@@ -168,6 +168,14 @@ impl Family {
         self.lock().layers.get(&id).cloned()
     }
 
+    /// Takes a layer made elsewhere, and an image of it alone, into this family. Not on record: for benches.
+    #[doc(hidden)]
+    pub fn adopt(&self, id: ImageId, layer: Arc<Layer>) {
+        let mut inner = self.lock();
+        inner.layers.insert(layer.id, layer.clone());
+        inner.images.insert(id, Image::new(id, layer.pages.size(), vec![layer], None));
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -27,7 +27,7 @@ const MAX_OPEN_LAYERS: usize = 8192;
 /// Pages in one frame of an answer that somebody waits for: the first ones arrive while the next are packed.
 const DEMAND_FRAME: usize = 16;
 /// Pages in one frame of other answers.
-const PREFETCH_FRAME: usize = 128;
+const PREFETCH_FRAME: usize = 64;
 /// How long a page that must come from yet another host is waited for.
 const RELAY: Duration = Duration::from_secs(10);
 

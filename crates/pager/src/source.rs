@@ -159,6 +159,12 @@ impl Source {
         lock(&self.status).address.clone()
     }
 
+    /// Replaces the VMs that are woken when pages arrive. For benches: a family keeps the list itself.
+    #[doc(hidden)]
+    pub fn set_vms(&self, vms: Vec<Arc<Vm>>) {
+        self.vms.store(Arc::new(vms));
+    }
+
     /// The source is at another address from now on. What is under way is asked for again there.
     ///
     /// # Errors

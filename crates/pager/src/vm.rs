@@ -137,6 +137,11 @@ struct Streams {
     write_window: u64,
     fetch_next: u64,
     fetch_window: u64,
+    /// Pages asked for from other hosts.
+    remote: u64,
+    /// Neighbours of the last page filled from an older layer, to be filled while no fault waits.
+    fill_next: u64,
+    fill_end: u64,
 }
 
 /// What it takes to attach a VM.
@@ -255,6 +260,9 @@ impl Vm {
             };
             let now = Instant::now();
             if count == 0 {
+                if self.fill_pending(&mut streams) {
+                    continue;
+                }
                 // Spinning pays where faults follow one another closely, and is a core lost where they do not.
                 if !quick || now.duration_since(last) > SPIN {
                     quick = false;
@@ -269,6 +277,7 @@ impl Vm {
                 continue;
             }
             quick = now.duration_since(last) < 8 * SPIN;
+            let remote = streams.remote;
             for event in &events[..count] {
                 if let Event::Pagefault { addr, write, wp, .. } = *event {
                     let Some(offset) = addr.checked_sub(self.ram_addr).filter(|&o| o < self.len()) else { continue };
@@ -289,6 +298,8 @@ impl Vm {
                     }
                 }
             }
+            // While pages are on their way over the network the cores have better to do.
+            quick &= streams.remote == remote;
             last = Instant::now();
         }
     }
@@ -331,7 +342,7 @@ impl Vm {
             PageState::Absent | PageState::Same | PageState::Owed => match self.find(owner, page)? {
                 Located::Zero => self.fill_zeros(image, segment, page, write, streams)?,
                 Located::Stored(from) if Arc::ptr_eq(&from, file) => self.wake_page(page)?,
-                Located::Stored(_) => self.fill_around(image, segment, page)?,
+                Located::Stored(_) => self.fill_around(image, segment, page, streams)?,
                 Located::Owed(owner) => {
                     return Err(io::Error::other(format!(
                         "page of layer {} was lost with its parent",
@@ -366,35 +377,42 @@ impl Vm {
         self.uffd.wake(self.ram_addr + page.offset(), PAGE_SIZE as u64)
     }
 
-    /// Copies a page, and then unfilled neighbours, from the page files of older layers.
-    fn fill_around(&self, image: &Image, segment: &MappedSegment, page: PageIndex) -> io::Result<()> {
-        let mut bytes = [0u8; PAGE_SIZE];
-        self.fill(image, segment, page, &mut bytes)?;
+    /// Copies a page from the page file of an older layer, and leaves its neighbours for when no fault waits.
+    fn fill_around(&self, image: &Image, segment: &MappedSegment, page: PageIndex, streams: &mut Streams) -> io::Result<()> {
+        self.fill(image, segment, page)?;
         self.uffd.wake(self.ram_addr + page.offset(), PAGE_SIZE as u64)?;
         let around = PageRun { start: PageIndex(page.0 - page.0 % FETCH_AROUND), len: FETCH_AROUND };
         let run = clip(around, segment.run);
-        for neighbour in run.start.0..run.end().0 {
-            self.fill(image, segment, PageIndex(neighbour), &mut bytes)?;
-        }
+        (streams.fill_next, streams.fill_end) = (run.start.0, run.end().0);
         Ok(())
     }
 
+    /// Fills one more neighbour; false when there is none.
+    fn fill_pending(&self, streams: &mut Streams) -> bool {
+        let page = PageIndex(streams.fill_next);
+        let VmView::Image { image, segments } = &self.view else { return false };
+        if page.0 >= streams.fill_end {
+            return false;
+        }
+        streams.fill_next += 1;
+        if let Some(segment) = segments.get(segments.partition_point(|s| s.run.end().0 <= page.0)) {
+            // A neighbour that can't be filled now fails again, and is reported, when it is touched.
+            let _ = self.fill(image, segment, page);
+        }
+        true
+    }
+
     /// Copies one page from the page file of an older layer, unless it is there or its bytes are elsewhere.
-    fn fill(
-        &self,
-        image: &Image,
-        segment: &MappedSegment,
-        page: PageIndex,
-        bytes: &mut [u8; PAGE_SIZE],
-    ) -> io::Result<()> {
+    fn fill(&self, image: &Image, segment: &MappedSegment, page: PageIndex) -> io::Result<()> {
         let file = &segment.file;
+        let mut bytes = [0; PAGE_SIZE];
         if matches!(file.state(page), PageState::Absent | PageState::Same)
             && let Some(owner) = image.owner(page)
             && let Located::Stored(from) = owner.locate(page)
             && !Arc::ptr_eq(&from, file)
         {
-            from.read_checked(page, bytes)?;
-            file.store(page, bytes, std::iter::once(page_checksum(file.id, page, bytes)))?;
+            from.read_checked(page, &mut bytes)?;
+            file.store(page, &bytes, std::iter::once(page_checksum(file.id, page, &bytes)))?;
             self.counters.local.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
@@ -463,6 +481,7 @@ impl Vm {
         streams: &mut Streams,
     ) {
         let Some(source) = owner.source.load_full() else { return };
+        streams.remote += 1;
         let (start, window) = if page.0 == streams.fetch_next {
             streams.fetch_window = (streams.fetch_window * 2).clamp(FETCH_AROUND, MAX_FETCH_WINDOW);
             (page.0, streams.fetch_window)

@@ -1,1 +1,123 @@
-//! Work in progress.
+//! Virtual machine monitors: starting, freezing, loading, ending.
+//!
+//! [`Vmm`] and [`VmProcess`] are what the rest of Ramet knows of a VMM; [`Qemu`] is the one that exists (stock QEMU 7.2 and
+//! newer, under KVM or TCG, with the preload object as the only change). [`Pool`] keeps VMMs started and waiting for a
+//! clone's state, since starting one takes longer than all the rest of a clone.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod doctor;
+mod error;
+mod machine;
+mod pool;
+mod process;
+mod qemu;
+pub mod qmp;
+
+pub use error::VmmError;
+pub use machine::{Accel, AgentPort, Boot, DEFAULT_MACHINE, MachineSpec, VmPaths};
+pub use pool::{Claimed, Pool, PoolConfig};
+pub use process::ExitInfo;
+pub use qemu::{Qemu, VmmConfig};
+
+use async_trait::async_trait;
+use std::{
+    fmt,
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+/// A kind of virtual machine monitor.
+#[async_trait]
+pub trait Vmm: fmt::Debug + Send + Sync {
+    /// Starts a VM whose files live in `dir`, which is made. With [`Boot::Kernel`] its CPUs run when this returns; with
+    /// [`Boot::Incoming`] it waits for [`VmProcess::load_state`].
+    ///
+    /// # Errors
+    /// [`VmmError`]; nothing is left behind but `dir` with the log.
+    async fn launch(&self, spec: &MachineSpec, boot: Boot, dir: &Path) -> Result<Box<dyn VmProcess>, VmmError>;
+
+    /// Finds a VM again that was started in `dir` by a daemon before this one.
+    ///
+    /// # Errors
+    /// [`VmmError::Gone`] when it no longer runs.
+    async fn reattach(&self, dir: &Path) -> Result<Box<dyn VmProcess>, VmmError>;
+}
+
+/// A running VMM. Dropping it leaves the VM running.
+#[async_trait]
+pub trait VmProcess: fmt::Debug + Send + Sync {
+    /// The process.
+    fn pid(&self) -> u32;
+    /// The machine.
+    fn spec(&self) -> &MachineSpec;
+    /// Its files.
+    fn paths(&self) -> &VmPaths;
+    /// The socket of the agent's port.
+    fn agent_socket(&self) -> &Path {
+        &self.paths().agent
+    }
+    /// The socket of the console.
+    fn console_socket(&self) -> &Path {
+        &self.paths().console
+    }
+    /// The socket of the preload object.
+    fn shim_socket(&self) -> &Path {
+        &self.paths().shim
+    }
+    /// Saves the devices' state, without memory. The guest runs until its devices are saved, and is stopped when this
+    /// returns: call [`VmProcess::cont`].
+    ///
+    /// # Errors
+    /// [`VmmError`]; the guest runs on.
+    async fn save_state(&self) -> Result<SavedState, VmmError>;
+    /// Loads devices' state into a VM that waits for it. Its CPUs are stopped when this returns.
+    ///
+    /// # Errors
+    /// [`VmmError`], with the VMM's last words; the VM is good for nothing then.
+    async fn load_state(&self, state: &[u8]) -> Result<(), VmmError>;
+    /// Starts the CPUs. Returns when they run.
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    async fn cont(&self) -> Result<Resumed, VmmError>;
+    /// Stops the CPUs.
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    async fn stop_vcpus(&self) -> Result<(), VmmError>;
+    /// The VMM's word for its state: `running`, `paused`, `inmigrate`, ...
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    async fn query_status(&self) -> Result<String, VmmError>;
+    /// Ends the VMM at once and removes its files. The guest is not asked. Does nothing the second time.
+    ///
+    /// # Errors
+    /// When the process does not end.
+    async fn kill(&self) -> Result<(), VmmError>;
+    /// Waits until the process has ended.
+    async fn wait_exit(&self) -> ExitInfo;
+    /// The last lines that the VMM wrote to its log.
+    fn stderr_tail(&self) -> String;
+}
+
+/// Devices' state.
+#[derive(Debug, Clone)]
+pub struct SavedState {
+    /// The VMM's own format; loads into a VMM of the same kind, version and machine.
+    pub bytes: Vec<u8>,
+    /// When the CPUs stopped, by the VMM's clock.
+    pub stopped_at: SystemTime,
+    /// From the request to the stop of the CPUs.
+    pub before_stop: Duration,
+    /// From the stop of the CPUs to the end of saving.
+    pub saving: Duration,
+}
+
+/// A start of CPUs.
+#[derive(Debug, Clone, Copy)]
+pub struct Resumed {
+    /// When, by the VMM's clock.
+    pub at: SystemTime,
+}

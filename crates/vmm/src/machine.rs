@@ -1,0 +1,240 @@
+//! Machines: what a VM consists of, and QEMU's command line for it.
+
+use crate::VmmError;
+use ramet_memory::ByteSize;
+use serde::{Deserialize, Serialize};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
+
+/// What runs the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// QEMU's translator: works everywhere.
+    Tcg,
+    /// The CPU.
+    Kvm,
+}
+
+/// How the guest's agent is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AgentPort {
+    /// The virtio-serial port `ramet.agent`.
+    VirtioSerial,
+    /// The second serial port, for guests without virtio.
+    IsaSerial,
+}
+
+/// A machine. Clones run on one equal to their parent's.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// QEMU's machine type with its version, which fixes what the guest sees: `pc-i440fx-7.2`.
+    pub machine: String,
+    /// The guest's memory.
+    pub memory: ByteSize,
+    /// Virtual CPUs.
+    pub cpus: u8,
+    /// What runs them.
+    pub accel: Accel,
+    /// How the agent is reached.
+    pub agent: AgentPort,
+    /// QEMU's CPU model; by default `max` under TCG and `host` under KVM.
+    pub cpu: Option<String>,
+}
+
+/// The machine type that VMs get unless told otherwise: NICs can be attached late, and QEMU 7.2 and newer have it.
+pub const DEFAULT_MACHINE: &str = "pc-i440fx-7.2";
+
+impl MachineSpec {
+    /// A machine of the default type with a Linux guest's agent port.
+    #[must_use]
+    pub fn new(memory: ByteSize, cpus: u8, accel: Accel) -> Self {
+        let machine = DEFAULT_MACHINE.to_owned();
+        Self { machine, memory, cpus, accel, agent: AgentPort::VirtioSerial, cpu: None }
+    }
+
+    /// Whether QEMU can be asked for such a machine.
+    ///
+    /// # Errors
+    /// [`VmmError::Spec`], which names what is wrong.
+    pub fn check(&self) -> Result<(), VmmError> {
+        let known = |prefix: &str| {
+            self.machine.strip_prefix(prefix).is_some_and(|v| v.bytes().all(|b| b.is_ascii_digit() || b == b'.'))
+        };
+        if !(known("pc-i440fx-") || known("pc-q35-")) {
+            let found = &self.machine;
+            return Err(VmmError::Spec(format!(
+                "'{found}' is no machine type with a version: use for instance {DEFAULT_MACHINE}"
+            )));
+        }
+        if self.cpus == 0 || self.cpus > 64 {
+            return Err(VmmError::Spec(format!("{} CPUs: 1 to 64 are possible", self.cpus)));
+        }
+        let memory = self.memory.bytes();
+        if memory < 16 << 20 || !memory.is_multiple_of(1 << 20) {
+            return Err(VmmError::Spec(format!("{} of memory: whole mebibytes are needed, at least 16M", self.memory)));
+        }
+        Ok(())
+    }
+}
+
+/// How a VM begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Boot {
+    /// With a kernel.
+    Kernel {
+        /// The kernel, or a multiboot image.
+        kernel: PathBuf,
+        /// Its initial file system.
+        initrd: Option<PathBuf>,
+        /// Its command line.
+        cmdline: String,
+    },
+    /// With the state of another VM, which comes later.
+    Incoming,
+}
+
+/// The files of a VM, all in one directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmPaths {
+    /// The directory.
+    pub dir: PathBuf,
+    /// Socket of the machine protocol.
+    pub qmp: PathBuf,
+    /// Socket of the agent's port.
+    pub agent: PathBuf,
+    /// Socket of the first serial port.
+    pub console: PathBuf,
+    /// What the guest wrote to it.
+    pub console_log: PathBuf,
+    /// Socket of the preload object.
+    pub shim: PathBuf,
+    /// The file that the VMM takes for its memory. Stays empty.
+    pub ram: PathBuf,
+    /// What the VMM wrote.
+    pub log: PathBuf,
+    /// What a later daemon needs to find the VM again.
+    pub record: PathBuf,
+}
+
+impl VmPaths {
+    /// The files of the VM in `dir`.
+    #[must_use]
+    pub fn new(dir: &Path) -> Self {
+        let file = |name: &str| dir.join(name);
+        Self {
+            dir: dir.to_owned(),
+            qmp: file("qmp.sock"),
+            agent: file("agent.sock"),
+            console: file("console.sock"),
+            console_log: file("console.log"),
+            shim: file("shim.sock"),
+            ram: file("ram"),
+            log: file("qemu.log"),
+            record: file("vmm.json"),
+        }
+    }
+}
+
+/// QEMU's arguments. Addresses of devices are pinned, so that devices added later never move the others.
+pub(crate) fn arguments(spec: &MachineSpec, boot: &Boot, paths: &VmPaths, sandbox: bool, name: &str) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = Vec::new();
+    let mut add = |flag: &str, value: String| arguments.extend([OsString::from(flag), OsString::from(value)]);
+    // A comma in a path is doubled in QEMU's options.
+    let path = |p: &Path| p.display().to_string().replace(',', ",,");
+    let memory = spec.memory.bytes();
+    let (accel, cpu) = match spec.accel {
+        Accel::Tcg => ("tcg,thread=multi", "max"),
+        Accel::Kvm => ("kvm", "host"),
+    };
+    add("-name", format!("guest={name},debug-threads=on"));
+    add("-accel", accel.to_owned());
+    add("-cpu", spec.cpu.clone().unwrap_or_else(|| cpu.to_owned()));
+    add("-m", format!("size={memory}b"));
+    add("-smp", spec.cpus.to_string());
+    add("-object", format!("memory-backend-file,id=ram,size={memory},mem-path={},share=on", path(&paths.ram)));
+    add("-machine", format!("{},memory-backend=ram,graphics=off", spec.machine));
+    add("-display", "none".to_owned());
+    add("-vga", "none".to_owned());
+    add("-rtc", "base=utc,clock=host".to_owned());
+    add("-qmp", format!("unix:{},server=on,wait=off", path(&paths.qmp)));
+    let log = path(&paths.console_log);
+    add("-chardev", format!("socket,id=console,path={},server=on,wait=off,logfile={log}", path(&paths.console)));
+    add("-device", "isa-serial,chardev=console,index=0".to_owned());
+    add("-chardev", format!("socket,id=agent,path={},server=on,wait=off", path(&paths.agent)));
+    match spec.agent {
+        AgentPort::VirtioSerial => {
+            add("-device", "virtio-serial-pci,id=serial,addr=0x3,max_ports=4".to_owned());
+            add("-device", "virtserialport,bus=serial.0,nr=1,chardev=agent,name=ramet.agent".to_owned());
+            add("-device", "vmgenid,guid=auto".to_owned());
+        }
+        AgentPort::IsaSerial => add("-device", "isa-serial,chardev=agent,index=1".to_owned()),
+    }
+    if sandbox {
+        add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".to_owned());
+    }
+    match boot {
+        Boot::Kernel { kernel, initrd, cmdline } => {
+            add("-kernel", kernel.display().to_string());
+            if let Some(initrd) = initrd {
+                add("-initrd", initrd.display().to_string());
+            }
+            add("-append", cmdline.clone());
+        }
+        Boot::Incoming => {
+            add("-incoming", "defer".to_owned());
+            add("-global", "migration.send-configuration=off".to_owned());
+        }
+    }
+    for flag in ["-S", "-nodefaults", "-no-user-config"] {
+        arguments.push(flag.into());
+    }
+    if *boot != Boot::Incoming {
+        // The saved state is loaded without its configuration section, so it is saved without it.
+        arguments.extend(["-global".into(), "migration.send-configuration=off".into()]);
+    }
+    arguments
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_that_make_no_sense_are_named() {
+        let good = MachineSpec::new(ByteSize::mib(64), 1, Accel::Tcg);
+        good.check().unwrap();
+        for (bad, word) in [
+            (MachineSpec { machine: "pc".into(), ..good.clone() }, "'pc'"),
+            (MachineSpec { machine: "pc-i440fx-7.2,foo=1".into(), ..good.clone() }, "foo"),
+            (MachineSpec { cpus: 0, ..good.clone() }, "0 CPUs"),
+            (MachineSpec { memory: ByteSize(1), ..good }, "memory"),
+        ] {
+            let err = bad.check().unwrap_err().to_string();
+            assert!(err.contains(word), "{err}");
+        }
+    }
+
+    #[test]
+    fn parent_and_clone_see_the_same_devices() {
+        let spec = MachineSpec::new(ByteSize::mib(64), 2, Accel::Tcg);
+        let paths = VmPaths::new(Path::new("/vm,1"));
+        let boot = Boot::Kernel { kernel: "/k".into(), initrd: None, cmdline: "quiet".into() };
+        let devices = |boot: &Boot| {
+            let all = arguments(&spec, boot, &paths, true, "x");
+            let mut pairs: Vec<_> = all
+                .windows(2)
+                .filter(|w| ["-device", "-machine", "-cpu", "-smp"].iter().any(|f| w[0] == *f))
+                .map(<[_]>::to_vec)
+                .collect();
+            pairs.sort();
+            pairs
+        };
+        assert_eq!(devices(&boot), devices(&Boot::Incoming));
+        let all = arguments(&spec, &boot, &paths, true, "x");
+        assert!(all.iter().any(|a| a.to_string_lossy().contains("path=/vm,,1/agent.sock")));
+    }
+}
