@@ -98,9 +98,9 @@ async fn yardstick(lab: &Lab, home: &Client, samples: Samples, report: &mut Repo
     let info = home.info().await?;
     let image = ImageStore::new(&info.image_dir).load(IMAGE).context("The guest image can't be loaded")?;
     let guest = Guest {
-        kernel: image.kernel.clone(),
-        initrd: image.initrd.clone().context("The guest image has no initrd")?,
-        cmdline: image.cmdline.clone(),
+        kernel: image.kernel(),
+        initrd: image.initrd().context("The guest image has no initrd")?,
+        cmdline: image.manifest.cmdline.clone(),
         memory: MEMORY,
         machine: "pc-i440fx-7.2".into(),
         kvm: info.accel == api::AccelKind::Kvm,
@@ -109,13 +109,10 @@ async fn yardstick(lab: &Lab, home: &Client, samples: Samples, report: &mut Repo
     let tmpfs = Tmpfs::mount(lab.dir().join("yardstick"))?;
     let (mut qemu, agent) = Qemu::boot(&guest, &tmpfs.0.join("source")).await?;
     let script = fill_script(TOUCHED_MIB);
-    let outcome = agent
-        .exec(ramet_guest::host::ExecRequest::new(["sh", "-c", &script]))
-        .await?
-        .collect()
-        .await
-        .context("The guest under plain QEMU can't fill its memory")?;
-    ensure!(outcome.code == 0, "The guest under plain QEMU can't fill its memory: {:?}", outcome.code);
+    let fill = ramet_guest::host::ExecRequest::new(["sh", "-c", &script]);
+    let outcome = agent.run(fill, &[], 1 << 20).await.context("The guest under plain QEMU does not answer")?;
+    let stderr = String::from_utf8_lossy(&outcome.stderr);
+    ensure!(outcome.code == 0, "The guest under plain QEMU can't fill its memory: {}", stderr.trim());
     agent.close();
     let file = tmpfs.0.join("copy");
     let (mut copies, mut restores) = (Vec::<Copied>::new(), Vec::<Restored>::new());
@@ -232,7 +229,11 @@ async fn idle_memory(home: &Client, parent: &str, report: &mut Report) -> Result
         undo_here(home, &fork).await?;
     }
     report.results.push(Measured::of("one idle clone: image and own pages", "MiB", vec![held[0] / f64::from(1 << 20)]));
-    report.results.push(Measured::of("eight idle clones: image and own pages", "MiB", vec![held[1] / f64::from(1 << 20)]));
+    report.results.push(Measured::of(
+        "eight idle clones: image and own pages",
+        "MiB",
+        vec![held[1] / f64::from(1 << 20)],
+    ));
     report.results.push(Measured::of("idle clones: own pages of each", "MiB", own));
     report.goals.push(Goal::at_most("memory of eight idle clones / of one", held[1] / held[0], 1.3));
     Ok(())

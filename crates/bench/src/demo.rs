@@ -236,7 +236,8 @@ async fn guest(client: &Client, vm: &str, argv: &[&str]) -> Result<String> {
 
 /// The counter, and the number of lines in the deleted file.
 async fn seen(client: &Client, vm: &str, counting: u32) -> Result<(u64, u64)> {
-    let script = format!("while ! test -s /work/counter; do sleep 0.1; done; cat /work/counter; wc -l </proc/{counting}/fd/9");
+    let script =
+        format!("while ! test -s /work/counter; do sleep 0.1; done; cat /work/counter; wc -l </proc/{counting}/fd/9");
     let text = guest(client, vm, &["sh", "-c", &script]).await?;
     let mut numbers = text.lines().map(|l| l.trim().parse::<u64>());
     match (numbers.next(), numbers.next()) {
@@ -306,7 +307,9 @@ impl Demo {
     /// Whether everything was as it should be: sums right, counters going on, files open.
     #[must_use]
     pub fn good(&self) -> bool {
-        self.full_check.verified && self.clones.len() == CLONES as usize && self.clones.iter().all(|c| self.clone_good(c))
+        self.full_check.verified
+            && self.clones.len() == CLONES as usize
+            && self.clones.iter().all(|c| self.clone_good(c))
     }
 
     fn clone_good(&self, c: &CloneSeen) -> bool {

@@ -7,7 +7,9 @@
 use crate::report::{Goal, Measured, Report};
 use anyhow::{Context, Result, ensure};
 use ramet_kernel::{CopyMode, Event, Features, Mode, PrivateMapping, SharedAtomics, Uffd};
-use ramet_memory::{ByteSize, FamilyId, ImageId, LayerId, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSet, VmId, page_checksum};
+use ramet_memory::{
+    ByteSize, FamilyId, ImageId, LayerId, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSet, VmId, page_checksum,
+};
 use ramet_pager::{
     Image,
     control::SourceAddress,
@@ -70,7 +72,8 @@ pub fn run(quick: bool) -> Result<Report> {
     let tcp_echo = Measured::of("bare TCP echo of 4 KiB, loopback", "us", tcp_echo);
     let tcp_fault = Measured::of("fault over TCP loopback (mutual TLS, checked)", "us", tcp_fault);
     let copy = Measured::of("plain TCP copy of 256 MiB, file to file, loopback", "MiB/s", copy);
-    let fetch = Measured::of("sequential fetch of 256 MiB by prefetching requests (mutual TLS, checked)", "MiB/s", fetch);
+    let fetch =
+        Measured::of("sequential fetch of 256 MiB by prefetching requests (mutual TLS, checked)", "MiB/s", fetch);
     report.goals = vec![
         Goal::at_most("local fill / bare userfaultfd echo", local.median / echo.median, 1.5),
         Goal::at_most(
@@ -104,7 +107,11 @@ impl Drop for Tmpfs {
 }
 
 /// Touches pages one by one and times each, in microseconds.
-fn touch(memory: &PrivateMapping, pages: impl Iterator<Item = u64>, mut expected: impl FnMut(u64) -> u64) -> Result<Vec<f64>> {
+fn touch(
+    memory: &PrivateMapping,
+    pages: impl Iterator<Item = u64>,
+    mut expected: impl FnMut(u64) -> u64,
+) -> Result<Vec<f64>> {
     let mut samples = Vec::new();
     for page in pages {
         let started = Instant::now();
@@ -262,7 +269,8 @@ impl Pair {
     fn start(dir: &Path, pages: u64) -> Result<Self> {
         let tls = certificates(&dir.join("tls"))?;
         let id = FamilyId::random();
-        let config = SourceConfig { family: id, host: "bench".into(), tls: Some(tls.clone()), options: Options::default() };
+        let config =
+            SourceConfig { family: id, host: "bench".into(), tls: Some(tls.clone()), options: Options::default() };
         let here = dir.join(id.to_string());
         fs::create_dir(&here)?;
         let family = Family::open(&here, config.clone())?;

@@ -153,7 +153,8 @@ impl Qemu {
         drop(file);
         let ready = began.elapsed();
         let running_unix = qemu.qmp.event("RESUME")?;
-        let answer = AgentClient::connect(&qemu.agent, LIMIT).await.context("The agent is silent after QEMU's restore")?;
+        let answer =
+            AgentClient::connect(&qemu.agent, LIMIT).await.context("The agent is silent after QEMU's restore")?;
         let answered = began.elapsed();
         answer.close();
         let running = running_unix.saturating_sub(began_unix);

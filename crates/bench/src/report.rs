@@ -125,7 +125,13 @@ impl Report {
         let mut results = Table::new();
         results.load_style(UTF8_FULL_CONDENSED).set_header(["measured", "median", "p99", "n", "unit"]);
         for r in &self.results {
-            results.add_row([r.name.clone(), format!("{:.2}", r.median), format!("{:.2}", r.p99), r.n.to_string(), r.unit.to_owned()]);
+            results.add_row([
+                r.name.clone(),
+                format!("{:.2}", r.median),
+                format!("{:.2}", r.p99),
+                r.n.to_string(),
+                r.unit.to_owned(),
+            ]);
         }
         let mut goals = Table::new();
         goals.load_style(UTF8_FULL_CONDENSED).set_header(["goal", "value", "bound", "met"]);

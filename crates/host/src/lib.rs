@@ -1,1 +1,41 @@
-//! Work in progress.
+//! rametd: one daemon per host. VMs, checkpoints, clones and forks, pagers, and trust between hosts, behind one HTTP API.
+//!
+//! Where to look:
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | [`api`] | the HTTP API: routes, who may do what, sockets, OpenAPI; thin |
+//! | [`daemon`] | what lives as long as the process; finding things by name; limits |
+//! | [`vms`], [`guest`] | booting, listing, stopping, watching VMs; talking to what runs inside |
+//! | [`checkpoints`] | taking one of a running VM, who uses it, removing it |
+//! | [`clone`], [`local`], [`remote`] | forks: plan, make (here, on other hosts), commit or undo |
+//! | [`leases`] | VMs that live as long as a connection |
+//! | [`pagers`] | supervision of pagers, and the client of their control sockets |
+//! | [`peers`] | other hosts: certificates, joining, passing requests on |
+//! | [`state`], [`recover`] | what is remembered over a restart, and what is done with it |
+//! | [`stats`], [`metrics`] | timelines, histograms, counters, Prometheus text |
+//! | [`backend`] | how QEMU and guest images are used: the only module that knows `ramet_vmm` in detail |
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod api;
+pub mod backend;
+pub mod checkpoints;
+pub mod clone;
+pub mod config;
+pub mod daemon;
+pub mod error;
+pub mod guest;
+pub mod leases;
+pub mod local;
+pub mod memory;
+pub mod metrics;
+pub mod names;
+pub mod pagers;
+pub mod peers;
+pub mod recover;
+pub mod remote;
+pub mod state;
+pub mod stats;
+pub mod undo;
+pub mod vms;

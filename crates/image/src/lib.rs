@@ -1,1 +1,22 @@
-//! Work in progress.
+//! Guest images: what a virtual machine boots from.
+//!
+//! An image is a directory `NAME/` of an [`ImageStore`] with `image.json` ([`Manifest`]), a kernel and (for Linux
+//! guests) an initramfs. [`ImageStore::build`] makes one from the distribution's own packages without installing any:
+//! the cloud kernel, busybox, the static agent, and the packages that the user named. Everything runs from memory.
+
+mod apt;
+mod build;
+mod cpio;
+mod error;
+mod modules;
+mod store;
+mod tree;
+
+pub use build::{BuildOptions, Progress, Stage, parse_add};
+pub use error::ImageError;
+pub use store::{FileRecord, Image, ImageStore, Kind, Manifest};
+
+/// Name of the image that is used when none is given.
+pub const DEFAULT_NAME: &str = "default";
+/// Name of the image of the tiny guest.
+pub const TINY_NAME: &str = "tiny";

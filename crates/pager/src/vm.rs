@@ -378,7 +378,13 @@ impl Vm {
     }
 
     /// Copies a page from the page file of an older layer, and leaves its neighbours for when no fault waits.
-    fn fill_around(&self, image: &Image, segment: &MappedSegment, page: PageIndex, streams: &mut Streams) -> io::Result<()> {
+    fn fill_around(
+        &self,
+        image: &Image,
+        segment: &MappedSegment,
+        page: PageIndex,
+        streams: &mut Streams,
+    ) -> io::Result<()> {
         self.fill(image, segment, page)?;
         self.uffd.wake(self.ram_addr + page.offset(), PAGE_SIZE as u64)?;
         let around = PageRun { start: PageIndex(page.0 - page.0 % FETCH_AROUND), len: FETCH_AROUND };

@@ -301,7 +301,7 @@ fn answer(fd: c_int, result: c_int, with_uffd: bool) -> bool {
         let len = unsafe { libc::CMSG_LEN(4) } as usize;
         // SAFETY: `header` points into `control`, which is aligned and large enough.
         unsafe {
-            header.write(libc::cmsghdr { cmsg_len: len, cmsg_level: libc::SOL_SOCKET, cmsg_type: libc::SCM_RIGHTS })
+            header.write(libc::cmsghdr { cmsg_len: len, cmsg_level: libc::SOL_SOCKET, cmsg_type: libc::SCM_RIGHTS });
         };
         // SAFETY: the data of the header just written.
         unsafe { libc::CMSG_DATA(header).cast::<c_int>().write_unaligned(UFFD.load(Ordering::Relaxed)) };

@@ -1,0 +1,91 @@
+//! Calls between daemons.
+
+use hyper::{
+    Method,
+    header::{self, HeaderValue},
+};
+
+use crate::{
+    Client, Error, api,
+    client::{full, quote},
+};
+
+impl Client {
+    /// Asks a host for membership (with a token's certificate).
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn peer_join(&self, request: &api::PeerJoinRequest) -> Result<api::PeerJoinReply, Error> {
+        self.json(Method::POST, "/v1/peer/join", request).await
+    }
+
+    /// Tells a peer about hosts.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn peer_hosts(&self, request: &api::PeerHosts) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(request).map_err(|e| self.answer("a request", e))?;
+        self.send(self.json_request(Method::POST, "/v1/peer/hosts", bytes)?).await.map(drop)
+    }
+
+    /// Has a peer make clones of a checkpoint described by `descriptor`.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn peer_clones(
+        &self,
+        request: &api::PeerCloneRequest,
+        descriptor: &[u8],
+    ) -> Result<api::CloneResponse, Error> {
+        let json = serde_json::to_vec(request).map_err(|e| self.answer("a request", e))?;
+        let mut body = Vec::with_capacity(4 + json.len() + descriptor.len());
+        body.extend_from_slice(&(json.len() as u32).to_le_bytes());
+        body.extend_from_slice(&json);
+        body.extend_from_slice(descriptor);
+        let mut request = self.request(Method::POST, "/v1/peer/clones", full(body))?;
+        request.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        self.decode(self.send(request).await?).await
+    }
+
+    /// Who uses this checkpoint's image on a peer.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn peer_image(&self, checkpoint: &str) -> Result<api::PeerImageUse, Error> {
+        self.get(&format!("/v1/peer/images/{}", quote(checkpoint))).await
+    }
+
+    /// Has a peer drop its copy of a checkpoint's image.
+    ///
+    /// # Errors
+    /// [`Error`]; [`ErrorCode::InUse`] names the users.
+    pub async fn peer_image_drop(&self, checkpoint: &str) -> Result<(), Error> {
+        self.none(Method::DELETE, &format!("/v1/peer/images/{}", quote(checkpoint))).await
+    }
+
+    /// Has the clones made under `lease` stay on the peer.
+    ///
+    /// # Errors
+    /// [`Error`]; the peer has lost the lease and removed the clones.
+    pub async fn peer_commit(&self, lease: &str, request: &api::PeerCommit) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(request).map_err(|e| self.answer("a request", e))?;
+        let path = format!("/v1/peer/leases/{}/commit", quote(lease));
+        self.send(self.json_request(Method::POST, &path, bytes)?).await.map(drop)
+    }
+
+    /// Ends a lease on the peer, and waits until its VMs are gone.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn peer_abort(&self, lease: &str) -> Result<(), Error> {
+        self.none(Method::DELETE, &format!("/v1/peer/leases/{}", quote(lease))).await
+    }
+
+    /// Has pre-started QEMUs made ready on the peer.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn peer_warm(&self, request: &api::PeerPoolRequest) -> Result<api::PoolStatus, Error> {
+        self.json(Method::POST, "/v1/peer/pool", request).await
+    }
+}

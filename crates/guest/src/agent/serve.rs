@@ -1,0 +1,210 @@
+//! The main loop: reads frames and answers the short questions itself, so that the first answer of a clone needs one
+//! thread only; commands and files have threads of their own.
+
+use crate::port::{Port, Source};
+use crate::stream::{NotOpened, Stream, Streams};
+use crate::{exec, file, identity};
+use ramet_guest::protocol::{Decoder, Frame, HelloAck, kind};
+use rustix::time::{ClockId, clock_gettime};
+use std::io;
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Stack of the threads for commands and files. Only what is touched is ever there.
+const STACK: usize = 128 * 1024;
+
+/// Serves the host until the end of a finite channel.
+pub(crate) fn run(source: &Source) -> ExitCode {
+    loop {
+        let port = Arc::new(source.open());
+        let agent = Agent { hello: hello(), streams: Arc::default(), port, session: None, due: None };
+        match agent.serve() {
+            Ok(()) => return ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("ramet-agent: the channel to the host failed, opening it again: {error}");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+}
+
+/// The JSON of the handshake, made once.
+fn hello() -> Vec<u8> {
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let hello =
+        HelloAck { agent: env!("CARGO_PKG_VERSION").into(), guest: "linux".into(), boot_id: boot_id.trim_end().into() };
+    serde_json::to_vec(&hello).unwrap_or_default()
+}
+
+#[derive(Debug)]
+struct Agent {
+    hello: Vec<u8>,
+    port: Arc<Port>,
+    streams: Arc<Streams>,
+    session: Option<u64>,
+    /// A `HELLO` that is still to be answered: the host repeats them, one answer does.
+    due: Option<u64>,
+}
+
+impl Agent {
+    fn serve(mut self) -> io::Result<()> {
+        let result = self.read_frames();
+        self.streams.detach_all();
+        result
+    }
+
+    fn read_frames(&mut self) -> io::Result<()> {
+        let port = Arc::clone(&self.port);
+        let mut decoder = Decoder::new();
+        let mut buffer = [0; 4096];
+        loop {
+            match port.read(&mut buffer) {
+                Ok(0) if !port.is_endless() => return Ok(()),
+                Ok(0) => {
+                    decoder.reset();
+                    port.wait_for_host()?;
+                }
+                Ok(length) => {
+                    let mut result = Ok(());
+                    decoder.push(&buffer[..length], |frame| {
+                        if result.is_ok() {
+                            result = self.take(frame);
+                        }
+                    });
+                    result.and_then(|()| self.answer_hello())?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn answer_hello(&mut self) -> io::Result<()> {
+        let Some(session) = self.due.take() else { return Ok(()) };
+        let mut answer = Vec::with_capacity(8 + self.hello.len());
+        answer.extend(session.to_le_bytes());
+        answer.extend(&self.hello);
+        self.port.send(kind::HELLO_ACK, 0, &answer)
+    }
+
+    /// Takes one frame. Errors are those of the channel; what is wrong with a frame is told to the host.
+    fn take(&mut self, frame: Frame<'_>) -> io::Result<()> {
+        if frame.kind == kind::HELLO {
+            if let Some((session, _)) = frame.split_u64() {
+                if self.session != Some(session) {
+                    self.streams.detach_all();
+                    self.session = Some(session);
+                }
+                self.due = Some(session);
+            }
+            return Ok(());
+        }
+        self.answer_hello()?;
+        match frame.kind {
+            kind::PING => self.port.send(kind::PONG, frame.stream, frame.payload),
+            kind::TIME => {
+                let mut answer = [0; 16];
+                answer[..8].copy_from_slice(&nanoseconds(ClockId::Realtime).to_le_bytes());
+                answer[8..].copy_from_slice(&nanoseconds(ClockId::Monotonic).to_le_bytes());
+                self.port.send(kind::TIME_ACK, frame.stream, &answer)
+            }
+            kind::IDENTITY => {
+                let ack = identity::take(frame.payload);
+                self.port.send(kind::IDENTITY_ACK, frame.stream, &serde_json::to_vec(&ack).map_err(io::Error::other)?)
+            }
+            kind::EXEC => self.open(frame, exec::run),
+            kind::FILE_PUT => self.open(frame, file::put),
+            kind::FILE_GET => self.open(frame, file::get),
+            kind::SHUTDOWN => match power_off() {
+                Ok(()) => self.port.send(kind::EXIT, frame.stream, &0i32.to_le_bytes()),
+                Err(error) => self.refuse(frame.stream, &format!("cannot power off: {error}")),
+            },
+            kind::DATA | kind::EOF | kind::SIGNAL | kind::CREDIT | kind::RESIZE => self.feed(frame),
+            other if other < 0x80 => self.refuse(
+                frame.stream,
+                &format!("this agent does not know frames of kind {other:#04x}; rebuild the guest image"),
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// A frame for an open stream; for any other it comes late and says nothing.
+    fn feed(&self, frame: Frame<'_>) -> io::Result<()> {
+        let Some(stream) = self.streams.get(frame.stream) else { return Ok(()) };
+        match (frame.kind, frame.payload) {
+            (kind::DATA, bytes) => {
+                let pushed = stream.push(bytes);
+                if pushed.is_err() {
+                    self.streams.close(&stream);
+                    stream.detach();
+                    return self.refuse(frame.stream, "the host sent more than the stream's credit");
+                }
+            }
+            (kind::EOF, _) => stream.end_input(),
+            (kind::SIGNAL, &[number]) => stream.signal(number),
+            (kind::RESIZE, &[r0, r1, c0, c1]) => {
+                stream.resize(u16::from_le_bytes([r0, r1]), u16::from_le_bytes([c0, c1]));
+            }
+            (kind::CREDIT, _) => stream.grant(frame.as_u32().unwrap_or(0)),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Opens a stream and gives it a thread.
+    fn open<R>(&self, frame: Frame<'_>, work: fn(&Arc<Stream>, R, &dyn Fn())) -> io::Result<()>
+    where
+        R: serde::de::DeserializeOwned + Send + 'static,
+    {
+        let request = match serde_json::from_slice::<R>(frame.payload) {
+            Ok(request) => request,
+            Err(error) => return self.refuse(frame.stream, &format!("cannot understand the request: {error}")),
+        };
+        let stream = match self.streams.open(frame.stream, &self.port) {
+            Ok(stream) => stream,
+            Err(NotOpened::Taken) => return self.refuse(frame.stream, "this stream number is in use"),
+            Err(NotOpened::TooMany) => {
+                return self.refuse(frame.stream, "too many commands and files at a time; wait for some to end");
+            }
+        };
+        let streams = Arc::clone(&self.streams);
+        let of_thread = Arc::clone(&stream);
+        let started = std::thread::Builder::new().stack_size(STACK).spawn(move || {
+            // The stream is closed before its end is told, so that the host may use the number again.
+            work(&of_thread, request, &|| streams.close(&of_thread));
+            streams.close(&of_thread);
+        });
+        if let Err(error) = started {
+            self.streams.close(&stream);
+            return self.refuse(frame.stream, &format!("cannot start a thread: {error}"));
+        }
+        Ok(())
+    }
+
+    fn refuse(&self, stream: u32, why: &str) -> io::Result<()> {
+        self.port.send(kind::ERROR, stream, why.as_bytes())
+    }
+}
+
+/// Starts a helper thread of a stream.
+pub(crate) fn helper(work: impl FnOnce() + Send + 'static) -> io::Result<std::thread::JoinHandle<()>> {
+    std::thread::Builder::new().stack_size(STACK).spawn(work)
+}
+
+fn nanoseconds(clock: ClockId) -> u64 {
+    let time = clock_gettime(clock);
+    u64::try_from(time.tv_sec).unwrap_or(0).saturating_mul(1_000_000_000) + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
+
+/// Asks the init process for a power-off in good order; where there is no such command, does it at once.
+fn power_off() -> io::Result<()> {
+    let asked = Command::new("poweroff").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    match asked {
+        Ok(status) if status.success() => Ok(()),
+        _ => {
+            rustix::fs::sync();
+            Ok(rustix::system::reboot(rustix::system::RebootCommand::PowerOff)?)
+        }
+    }
+}

@@ -1,0 +1,536 @@
+//! Checkpoints: taking one of a running VM, showing them, removing them.
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use ramet_client::api::{
+    CheckpointInfo, CheckpointRequest, CheckpointResult, ErrorCode, LayerInfo, Timeline, UserInfo, VmState,
+};
+use ramet_memory::{ByteSize, ImageId, LayerId, PageCount, VmId};
+use ramet_pager::control::{ImageReport, View};
+
+use crate::{
+    backend,
+    daemon::{Daemon, all, to_the_end},
+    error::{ApiError, ApiResult, from_peer},
+    memory,
+    pagers::{Pager, PagerError},
+    state::{CheckpointRecord, VmRecord, now_unix_ms},
+    stats::{Clock, us},
+    vms::Running,
+};
+
+/// How long another host may take to say who uses an image there.
+const ASK_WAIT: Duration = Duration::from_secs(3);
+/// How long the copy of another host's image stays when its last user has gone.
+const LINGER: Duration = Duration::from_secs(60);
+
+/// A checkpoint that was just taken.
+#[derive(Debug, Clone)]
+pub struct Taken {
+    /// Its record.
+    pub record: CheckpointRecord,
+    /// The devices' state.
+    pub state: Arc<Vec<u8>>,
+    /// The parent's pause.
+    pub pause_us: u64,
+    /// The parent's phases.
+    pub timeline: Timeline,
+}
+
+/// A pager's refusal as the API tells it.
+pub(crate) fn pager_failed(what: &str, err: PagerError) -> ApiError {
+    let code = match err.code() {
+        Some("in_use") => ErrorCode::InUse,
+        Some("no_such_image") => ErrorCode::NotFound,
+        Some("state") => ErrorCode::WrongState,
+        _ => ErrorCode::Internal,
+    };
+    ApiError::new(code, format!("{what}: {err}"))
+}
+
+impl Daemon {
+    // ---------------------------------------------------------------------------------------------------- taking
+
+    /// Checkpoints a VM, which goes on.
+    ///
+    /// # Errors
+    /// When the VM does not run or something fails; the VM goes on then, too, and nothing is left of the checkpoint.
+    pub async fn checkpoint(self: &Arc<Self>, wanted: &str, request: CheckpointRequest) -> ApiResult<CheckpointResult> {
+        let begin = Instant::now();
+        let vm = self.find_vm(wanted)?;
+        let daemon = self.clone();
+        let taken =
+            to_the_end(
+                async move { daemon.take_checkpoint(vm.id, ImageId::random(), request.note, false, begin).await },
+            )
+            .await?;
+        if request.wait {
+            self.wait_complete(&taken.record).await?;
+        }
+        let checkpoint = self.checkpoint_info(&taken.record, false).await?;
+        Ok(CheckpointResult { checkpoint, pause_us: taken.pause_us, timeline: taken.timeline })
+    }
+
+    /// Takes a checkpoint named `image`. `pending`: it belongs to a fork that may yet fail.
+    pub(crate) async fn take_checkpoint(
+        self: &Arc<Self>,
+        id: VmId,
+        image: ImageId,
+        note: Option<String>,
+        pending: bool,
+        begin: Instant,
+    ) -> ApiResult<Taken> {
+        let find = |d: &Self| d.store.read(|s| s.vms.get(&id).cloned());
+        let gone = || ApiError::new(ErrorCode::NotFound, format!("VM {id} has gone"));
+        let running = self.running(id);
+        let Some(running) = running else {
+            return Err(match find(self) {
+                Some(vm) => not_running(&vm),
+                None => gone(),
+            });
+        };
+        let _busy = running.busy.lock().await;
+        let mut clock = Clock::new(begin);
+        let vm = find(self).ok_or_else(gone)?;
+        if vm.state != VmState::Running {
+            return Err(not_running(&vm));
+        }
+        let what = format!("Failed to checkpoint VM '{}'", vm.name);
+        let pager = self.pager(vm.family).await?;
+        if !vm.attached {
+            self.attach(&running, &vm, &pager, View::Anonymous).await.map_err(|e| e.context(&what))?;
+            clock.lap("attach");
+        }
+        let prepared = pager.control.checkpoint_prepare(id, image, LayerId::random()).await;
+        let prepared = match prepared {
+            Ok(prepared) => prepared,
+            Err(err) => {
+                let _ = pager.control.checkpoint_abort(id).await;
+                return Err(pager_failed(&what, err));
+            }
+        };
+        clock.lap("prepare");
+        if let Err(err) = self.check_room(&vm, PageCount(prepared.candidate_pages).size()) {
+            let _ = pager.control.checkpoint_abort(id).await;
+            return Err(err);
+        }
+        let (state, pause_us) =
+            self.pause_and_commit(&running, &pager, &mut clock).await.map_err(|e| e.context(&what))?;
+        // The parent runs again. From here on, what fails takes the checkpoint back.
+        let record = CheckpointRecord {
+            id: image,
+            note,
+            origin: None,
+            family: vm.family,
+            vm: id,
+            vm_name: vm.name.clone(),
+            base: vm.base,
+            generation: vm.generation,
+            image: vm.image.clone(),
+            guest: vm.guest.clone(),
+            spec: vm.spec.clone(),
+            layers: Vec::new(),
+            created_unix_ms: now_unix_ms(),
+            state_bytes: state.len() as u64,
+            pause_us,
+            peers: Vec::new(),
+            pending,
+        };
+        let record = match self.put_on_record(&pager, record, &state).await {
+            Ok(record) => record,
+            Err(err) => {
+                let _ = pager.control.image_drop(image).await;
+                let _ = fs::remove_file(self.state_file(image));
+                return Err(err.context(&what));
+            }
+        };
+        self.stats.count("checkpoints");
+        let timeline = self.keep_timeline(&running, "parent", clock);
+        Ok(Taken { record, state: Arc::new(state), pause_us, timeline })
+    }
+
+    async fn put_on_record(
+        &self,
+        pager: &Pager,
+        mut record: CheckpointRecord,
+        state: &[u8],
+    ) -> ApiResult<CheckpointRecord> {
+        let failed = |what: &str, e: std::io::Error| ApiError::failed(what.to_owned(), e);
+        let (path, temp) = (self.state_file(record.id), self.state_file(record.id).with_extension("new"));
+        fs::write(&temp, state)
+            .and_then(|()| fs::rename(&temp, &path))
+            .map_err(|e| failed("Failed to keep the devices' state", e))?;
+        let report =
+            pager.control.image_status(record.id).await.map_err(|e| pager_failed("The image is not there", e))?;
+        record.layers = report.layers.iter().map(|l| l.id).collect();
+        let kept = record.clone();
+        self.store.update(move |s| -> ApiResult<()> {
+            if let Some(vm) = s.vms.get_mut(&kept.vm) {
+                vm.base = Some(kept.id);
+            }
+            s.checkpoints.insert(kept.id, kept);
+            Ok(())
+        })?;
+        Ok(record)
+    }
+
+    /// Has the pager serve a VM's memory, and puts that on record.
+    pub(crate) async fn attach(
+        &self,
+        running: &Running,
+        vm: &VmRecord,
+        pager: &Pager,
+        view: View,
+    ) -> ApiResult<ramet_pager::control::AttachReply> {
+        let process = &running.process;
+        let reply = pager.control.attach(vm.id, process.shim_socket(), process.pid(), view).await;
+        let reply = reply.map_err(|e| pager_failed("The pager could not take the VM's memory up", e))?;
+        self.store.amend(|s| {
+            if let Some(vm) = s.vms.get_mut(&vm.id) {
+                vm.attached = true;
+            }
+        });
+        Ok(reply)
+    }
+
+    /// Saves the devices, has the pager commit, lets the VM go on: between STOP and RESUME is nothing else. Whatever
+    /// fails, the VM goes on.
+    async fn pause_and_commit(&self, running: &Running, pager: &Pager, clock: &mut Clock) -> ApiResult<(Vec<u8>, u64)> {
+        running.paused.store(true, Ordering::Release);
+        let result = self.pause_and_commit_inner(running, pager, clock).await;
+        if result.is_err() {
+            let _ = pager.control.checkpoint_abort(running.id).await;
+            // Does no harm to a VM that runs.
+            if let Err(err) = running.process.cont().await {
+                tracing::error!(vm = %running.id, error = %err, "a VM could not be continued after a failed checkpoint");
+            }
+        }
+        running.paused.store(false, Ordering::Release);
+        result
+    }
+
+    async fn pause_and_commit_inner(
+        &self,
+        running: &Running,
+        pager: &Pager,
+        clock: &mut Clock,
+    ) -> ApiResult<(Vec<u8>, u64)> {
+        let saved = backend::save_state(&running.process).await?;
+        clock.lap("save");
+        pager
+            .control
+            .checkpoint_commit(running.id)
+            .await
+            .map_err(|e| pager_failed("The memory could not be fixed", e))?;
+        clock.lap("commit");
+        let resumed = backend::cont(&running.process).await?;
+        clock.lap("resume");
+        let pause = resumed.duration_since(saved.stopped).unwrap_or_default();
+        let end = Instant::now();
+        clock.span("pause", end.checked_sub(pause).unwrap_or(end), end);
+        Ok((saved.bytes, us(pause)))
+    }
+
+    /// Refuses a checkpoint whose pages may not fit.
+    fn check_room(&self, vm: &VmRecord, needed: ByteSize) -> ApiResult<()> {
+        let pages = self.config.pages();
+        let room = memory::room(&pages)
+            .map_err(|e| ApiError::failed(format!("Failed to ask for the room in {}", pages.display()), e))?;
+        if needed <= room {
+            return Ok(());
+        }
+        Err(ApiError::new(
+            ErrorCode::NoMemory,
+            format!(
+                "No memory left for a checkpoint of VM '{}': up to {needed} needed, {room} available in {}",
+                vm.name,
+                pages.display()
+            ),
+        )
+        .remedy("remove checkpoints (`ramet checkpoint ls`), or start rametd with a larger --pages-size"))
+    }
+
+    pub(crate) fn state_file(&self, image: ImageId) -> PathBuf {
+        self.config.checkpoints().join(format!("{image}.state"))
+    }
+
+    /// The devices' state of a checkpoint.
+    pub(crate) fn device_state(&self, record: &CheckpointRecord) -> ApiResult<Arc<Vec<u8>>> {
+        let path = self.state_file(record.id);
+        let bytes = fs::read(&path).map_err(|e| ApiError::failed(format!("Failed to read {}", path.display()), e))?;
+        if bytes.len() as u64 != record.state_bytes {
+            return Err(ApiError::internal(format!(
+                "{} has {} bytes instead of {}: it is damaged",
+                path.display(),
+                bytes.len(),
+                record.state_bytes
+            ))
+            .remedy("remove the checkpoint and take it again"));
+        }
+        Ok(Arc::new(bytes))
+    }
+
+    // --------------------------------------------------------------------------------------------------- waiting
+
+    /// Waits until the checkpoint's pages have been copied out of its parent.
+    pub(crate) async fn wait_complete(&self, record: &CheckpointRecord) -> ApiResult<ImageReport> {
+        let pager = self.pager(record.family).await?;
+        let report = pager.control.image_wait(record.id).await;
+        report.map_err(|e| pager_failed(&format!("Checkpoint {} can't be completed", record.id), e))
+    }
+
+    /// Before a VM ends: its checkpoints must have all their pages out of it.
+    pub(crate) async fn settle_checkpoints(&self, vm: VmId) {
+        let newest = self.store.read(|s| {
+            let base = s.vms.get(&vm)?.base?;
+            s.checkpoints.get(&base).filter(|c| c.vm == vm).cloned()
+        });
+        if let Some(record) = newest
+            && let Err(err) = self.wait_complete(&record).await
+        {
+            tracing::error!("{err}");
+        }
+    }
+
+    /// `GET /v1/checkpoints/{id}/wait`.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotFound`]; an internal error when the pages are lost.
+    pub async fn checkpoint_wait(&self, wanted: &str) -> ApiResult<CheckpointInfo> {
+        let record = self.find_checkpoint(wanted)?;
+        self.wait_complete(&record).await?;
+        self.checkpoint_info(&record, false).await
+    }
+
+    // --------------------------------------------------------------------------------------------------- showing
+
+    /// All checkpoints of this host, with their users everywhere.
+    pub async fn list_checkpoints(self: &Arc<Self>) -> Vec<CheckpointInfo> {
+        let mut records: Vec<_> =
+            self.store.read(|s| s.checkpoints.values().filter(|c| c.origin.is_none() && !c.pending).cloned().collect());
+        records.sort_by_key(|c: &CheckpointRecord| (c.created_unix_ms, c.id));
+        let infos = all(records.into_iter().map(|record| {
+            let daemon = self.clone();
+            async move { daemon.checkpoint_info(&record, true).await }
+        }));
+        infos.await.into_iter().filter_map(Result::ok).collect()
+    }
+
+    /// One checkpoint.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotFound`], [`ErrorCode::Ambiguous`].
+    pub async fn show_checkpoint(&self, wanted: &str) -> ApiResult<CheckpointInfo> {
+        let record = self.find_checkpoint(wanted)?;
+        self.checkpoint_info(&record, true).await
+    }
+
+    pub(crate) async fn checkpoint_info(
+        &self,
+        record: &CheckpointRecord,
+        ask_peers: bool,
+    ) -> ApiResult<CheckpointInfo> {
+        let pager = self.pager(record.family).await?;
+        let report = pager.control.image_status(record.id).await;
+        let report = report.map_err(|e| pager_failed(&format!("Checkpoint {}", record.id), e))?;
+        let mut users = self.users_here(record);
+        if ask_peers {
+            for (host, answer) in self.users_elsewhere(record).await {
+                match answer {
+                    Ok(more) => users.extend(more),
+                    Err(err) => users.push(UserInfo { kind: "host".to_owned(), name: err.to_string(), host }),
+                }
+            }
+        }
+        let layers = self.store.read(|s| {
+            let with = |layer: LayerId| {
+                let ours = s.checkpoints.values().filter(|c| c.origin.is_none() && c.layers.contains(&layer));
+                ours.map(|c| c.id).collect()
+            };
+            let layers = report.layers.iter();
+            layers
+                .map(|l| LayerInfo {
+                    id: l.id,
+                    pages: l.owned_pages,
+                    bytes: PageCount(l.owned_pages).size().bytes(),
+                    stored_bytes: l.stored_bytes,
+                    checkpoints: with(l.id),
+                })
+                .collect()
+        });
+        Ok(CheckpointInfo {
+            id: record.id,
+            note: record.note.clone(),
+            host: record.origin.clone().unwrap_or_else(|| self.config.name.clone()),
+            family: record.family,
+            vm: record.vm,
+            vm_name: record.vm_name.clone(),
+            base: record.base,
+            generation: record.generation,
+            image: record.image.clone(),
+            memory: record.spec.memory,
+            created_unix_ms: record.created_unix_ms,
+            state_bytes: record.state_bytes,
+            pause_us: record.pause_us,
+            complete: report.complete,
+            broken: report.broken,
+            layers,
+            users,
+        })
+    }
+
+    /// Who needs an image on this host: VMs that show it, checkpoints over it.
+    pub(crate) fn users_here(&self, record: &CheckpointRecord) -> Vec<UserInfo> {
+        let host = || self.config.name.clone();
+        self.store.read(|s| {
+            let vms =
+                s.views(record.id).map(|vm| UserInfo { kind: "vm".to_owned(), name: vm.name.clone(), host: host() });
+            let own = s.children(record).filter(|c| c.origin.is_none());
+            let children =
+                own.map(|c| UserInfo { kind: "checkpoint".to_owned(), name: c.id.to_string(), host: host() });
+            vms.chain(children).collect()
+        })
+    }
+
+    async fn users_elsewhere(&self, record: &CheckpointRecord) -> Vec<(String, ApiResult<Vec<UserInfo>>)> {
+        let id = record.id.to_string();
+        all(record.peers.iter().map(|host| {
+            let (host, id, client) = (host.clone(), id.clone(), self.peers.client(host));
+            async move {
+                let answer = async {
+                    match tokio::time::timeout(ASK_WAIT, client?.peer_image(&id)).await {
+                        Ok(answer) => answer.map(|a| a.users).map_err(|e| from_peer(&host, e)),
+                        Err(_) => Err(ApiError::new(
+                            ErrorCode::HostUnreachable,
+                            format!("Host '{host}' did not answer within {} s", ASK_WAIT.as_secs()),
+                        )
+                        .remedy("see `ramet host ls`")),
+                    }
+                };
+                let answer = answer.await;
+                (host, answer)
+            }
+        }))
+        .await
+    }
+
+    // -------------------------------------------------------------------------------------------------- removing
+
+    /// Removes a checkpoint that nothing uses.
+    ///
+    /// # Errors
+    /// [`ErrorCode::InUse`] naming the users; [`ErrorCode::HostUnreachable`] when a host that may have clones can't be
+    /// asked.
+    pub async fn remove_checkpoint(self: &Arc<Self>, wanted: &str) -> ApiResult<()> {
+        let record = self.find_checkpoint(wanted)?;
+        let mut users = self.users_here(&record);
+        for (host, answer) in self.users_elsewhere(&record).await {
+            users.extend(answer.map_err(|e| {
+                e.context(format!("Host '{host}' may have clones of checkpoint {}", record.id.short()))
+            })?);
+        }
+        if !users.is_empty() {
+            let named: Vec<_> = users.iter().map(|u| format!("{} '{}' on {}", u.kind, u.name, u.host)).collect();
+            return Err(ApiError::new(
+                ErrorCode::InUse,
+                format!("Checkpoint {} is in use by {}", record.id.short(), named.join(", ")),
+            )
+            .remedy("remove these first: `ramet rm --force VM`, `ramet checkpoint rm ID`"));
+        }
+        let daemon = self.clone();
+        to_the_end(async move { daemon.drop_checkpoint(&record).await }).await
+    }
+
+    /// Removes a checkpoint, here and where copies of it are.
+    pub(crate) async fn drop_checkpoint(self: &Arc<Self>, record: &CheckpointRecord) -> ApiResult<()> {
+        let id = record.id.to_string();
+        let dropped = all(record.peers.iter().map(|host| {
+            let (host, id, client) = (host.clone(), id.clone(), self.peers.client(host));
+            async move {
+                match tokio::time::timeout(ASK_WAIT, client?.peer_image_drop(&id)).await {
+                    Ok(done) => done.map_err(|e| from_peer(&host, e)),
+                    Err(_) => Err(ApiError::new(ErrorCode::HostUnreachable, format!("Host '{host}' does not answer"))),
+                }
+            }
+        }))
+        .await;
+        for result in dropped {
+            result?;
+        }
+        let pager = self.pager(record.family).await?;
+        pager.control.image_drop(record.id).await.map_err(|e| pager_failed("The image can't be dropped", e))?;
+        let image = record.id;
+        self.store.update(|s| -> ApiResult<()> {
+            s.checkpoints.remove(&image);
+            for vm in s.vms.values_mut().filter(|vm| vm.base == Some(image)) {
+                vm.base = vm.checkpoint;
+            }
+            Ok(())
+        })?;
+        let _ = fs::remove_file(self.state_file(image));
+        self.tidy(record.family).await;
+        Ok(())
+    }
+
+    // ------------------------------------------------------------------------------------- images of other hosts
+
+    /// A view of an image has gone: the copy of another host's goes, too, unless another view comes soon.
+    pub(crate) fn image_lost_a_user(self: &Arc<Self>, image: ImageId) {
+        let copy = move |d: &Self| {
+            let record = d.store.read(|s| s.checkpoints.get(&image).filter(|c| c.origin.is_some()).cloned())?;
+            d.users_here(&record).is_empty().then_some(record)
+        };
+        if copy(self).is_none() {
+            return;
+        }
+        let daemon = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(LINGER).await;
+            if let Some(record) = copy(&daemon)
+                && let Err(err) = daemon.drop_checkpoint(&record).await
+            {
+                tracing::warn!(image = %image, "{err}");
+            }
+        });
+    }
+
+    /// Who uses another host's checkpoint here; none when there is no copy of it.
+    #[must_use]
+    pub fn peer_image_users(&self, image: ImageId) -> Vec<UserInfo> {
+        let record = self.store.read(|s| s.checkpoints.get(&image).cloned());
+        record.map_or_else(Vec::new, |record| self.users_here(&record))
+    }
+
+    /// Drops the copy of another host's checkpoint.
+    ///
+    /// # Errors
+    /// [`ErrorCode::InUse`] naming the users.
+    pub async fn drop_peer_image(self: &Arc<Self>, image: ImageId) -> ApiResult<()> {
+        let record = self.store.read(|s| s.checkpoints.get(&image).filter(|c| c.origin.is_some()).cloned());
+        let Some(record) = record else { return Ok(()) };
+        let users = self.users_here(&record);
+        if let Some(user) = users.first() {
+            return Err(ApiError::new(
+                ErrorCode::InUse,
+                format!("Checkpoint {} is in use by {} '{}' on {}", image.short(), user.kind, user.name, user.host),
+            )
+            .remedy("remove it first"));
+        }
+        self.drop_checkpoint(&record).await
+    }
+}
+
+fn not_running(vm: &VmRecord) -> ApiError {
+    let state = match vm.state {
+        VmState::Starting => "is being started",
+        VmState::Crashed => "has crashed",
+        _ => "is stopped",
+    };
+    ApiError::new(ErrorCode::WrongState, format!("VM '{}' {state}: it can't be checkpointed", vm.name))
+        .remedy("`ramet ps` shows what runs")
+}

@@ -1,0 +1,149 @@
+//! One error type for the whole daemon: what the API answers with.
+
+use std::fmt;
+
+use axum::{
+    Json,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use ramet_client::api::{CloneFailure, ErrorBody, ErrorCode};
+
+/// A failed request: code, message, remedy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ApiError(Box<ErrorBody>);
+
+/// Result of the daemon's operations.
+pub type ApiResult<T> = Result<T, ApiError>;
+
+impl ApiError {
+    /// An error without a remedy.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self(Box::new(ErrorBody { code, message: message.into(), remedy: None, clones: Vec::new() }))
+    }
+
+    /// Something on the host failed that the caller can't help.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(ErrorCode::Internal, message)
+    }
+
+    /// Something on the host failed while `what`; `err` says how, with its causes.
+    pub fn failed(what: impl fmt::Display, err: impl Into<anyhow::Error>) -> Self {
+        Self::internal(format!("{what}: {:#}", err.into()))
+    }
+
+    /// Adds what to do about it.
+    #[must_use]
+    pub fn remedy(mut self, remedy: impl Into<String>) -> Self {
+        self.0.remedy = Some(remedy.into());
+        self
+    }
+
+    /// Adds what became of each clone.
+    #[must_use]
+    pub fn clones(mut self, clones: Vec<CloneFailure>) -> Self {
+        self.0.clones = clones;
+        self
+    }
+
+    /// Puts the circumstances before the message.
+    #[must_use]
+    pub fn context(mut self, context: impl fmt::Display) -> Self {
+        self.0.message = format!("{context}: {}", self.0.message);
+        self
+    }
+
+    /// The error's kind.
+    #[must_use]
+    pub fn code(&self) -> ErrorCode {
+        self.0.code
+    }
+
+    /// The error as it is sent.
+    #[must_use]
+    pub fn body(&self) -> &ErrorBody {
+        &self.0
+    }
+
+    /// The HTTP status that goes with the code.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        match self.0.code {
+            ErrorCode::BadRequest | ErrorCode::BadName => StatusCode::BAD_REQUEST,
+            ErrorCode::Forbidden => StatusCode::FORBIDDEN,
+            ErrorCode::NotFound => StatusCode::NOT_FOUND,
+            ErrorCode::Ambiguous
+            | ErrorCode::NameTaken
+            | ErrorCode::InUse
+            | ErrorCode::WrongState
+            | ErrorCode::Trust => StatusCode::CONFLICT,
+            ErrorCode::LimitReached | ErrorCode::VersionMismatch => StatusCode::UNPROCESSABLE_ENTITY,
+            ErrorCode::NoMemory => StatusCode::INSUFFICIENT_STORAGE,
+            ErrorCode::Draining => StatusCode::SERVICE_UNAVAILABLE,
+            ErrorCode::HostUnreachable => StatusCode::BAD_GATEWAY,
+            ErrorCode::AgentSilent => StatusCode::GATEWAY_TIMEOUT,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+}
+
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message)?;
+        if let Some(remedy) = &self.0.remedy {
+            write!(f, " ({remedy})")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ApiError {}
+
+impl From<anyhow::Error> for ApiError {
+    fn from(err: anyhow::Error) -> Self {
+        Self::internal(format!("{err:#}"))
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        if self.0.code == ErrorCode::Internal {
+            tracing::error!("{self}");
+        }
+        (self.status(), Json(self.0)).into_response()
+    }
+}
+
+/// An error of a call to another daemon: its own words are kept, and the host is named.
+#[must_use]
+pub fn from_peer(host: &str, err: ramet_client::Error) -> ApiError {
+    match err {
+        ramet_client::Error::Api(body) => ApiError(body).context(format!("host '{host}'")),
+        ramet_client::Error::Answer { .. } => {
+            ApiError::new(ErrorCode::VersionMismatch, format!("Host '{host}' does not speak this version: {err}"))
+                .remedy("run the same ramet release on both hosts")
+        }
+        err => ApiError::new(ErrorCode::HostUnreachable, format!("Can't reach host '{host}': {err}"))
+            .remedy("see `ramet host ls`; is rametd running there, and the network up?"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_error_has_a_status_that_fits() {
+        assert_eq!(ApiError::new(ErrorCode::NameTaken, "x").status(), StatusCode::CONFLICT);
+        assert_eq!(ApiError::new(ErrorCode::NoMemory, "x").status(), StatusCode::INSUFFICIENT_STORAGE);
+        assert_eq!(ApiError::internal("x").status(), StatusCode::INTERNAL_SERVER_ERROR);
+    }
+
+    #[test]
+    fn a_peers_error_keeps_its_code_and_names_the_host() {
+        let body = ErrorBody { code: ErrorCode::NameTaken, message: "taken".into(), remedy: None, clones: vec![] };
+        let err = from_peer("h2", ramet_client::Error::Api(Box::new(body)));
+        assert_eq!(err.code(), ErrorCode::NameTaken);
+        assert_eq!(err.to_string(), "host 'h2': taken");
+    }
+}

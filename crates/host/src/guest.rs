@@ -1,0 +1,291 @@
+//! Talking to guests: the agent (identity, commands, files, clocks) and the serial console.
+
+use std::{
+    io,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use ramet_client::{
+    api::{ErrorCode, GuestTime, PingReply},
+    exec::{self, ExecRequest, Kind},
+};
+use ramet_guest::{
+    host::{AgentClient, AgentError, ExecEvent, ExecSession},
+    protocol::{Exec, Identity},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::UnixStream,
+};
+
+use crate::{
+    daemon::Daemon,
+    error::{ApiError, ApiResult},
+    state::VmRecord,
+    vms::Running,
+};
+
+/// How long a guest that has answered before may take for its handshake.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// An agent's error as the API tells it.
+pub(crate) fn agent_failed(vm: &str, err: &AgentError) -> ApiError {
+    let message = format!("VM '{vm}': {err}");
+    match err {
+        AgentError::Guest { .. } | AgentError::TooLarge(_) => ApiError::new(ErrorCode::BadRequest, message),
+        AgentError::Connect { .. }
+        | AgentError::NoHello { .. }
+        | AgentError::TimedOut { .. }
+        | AgentError::Disconnected { .. } => ApiError::new(ErrorCode::AgentSilent, message)
+            .remedy(format!("`ramet ps` tells whether it runs, `ramet console {vm}` shows what it does")),
+        _ => ApiError::internal(message),
+    }
+}
+
+fn unix_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// A connection that nothing else of its kind may have beside it; the flag falls when it goes.
+#[derive(Debug)]
+pub struct Only {
+    stream: UnixStream,
+    flag: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl Only {
+    /// The connection.
+    pub fn stream(&mut self) -> &mut UnixStream {
+        &mut self.stream
+    }
+}
+
+impl Drop for Only {
+    fn drop(&mut self) {
+        self.flag.store(false, Ordering::Release);
+    }
+}
+
+impl Daemon {
+    /// A VM that runs, by name, id or prefix.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotFound`], [`ErrorCode::WrongState`].
+    pub fn find_running(&self, wanted: &str) -> ApiResult<(VmRecord, Arc<Running>)> {
+        let vm = self.find_vm(wanted)?;
+        match self.running(vm.id) {
+            Some(running) => Ok((vm, running)),
+            None => Err(ApiError::new(ErrorCode::WrongState, format!("VM '{}' does not run", vm.name))
+                .remedy("`ramet ps` shows what runs, and why others do not")),
+        }
+    }
+
+    /// The connection to a VM's agent: the one that stands, or a new one.
+    ///
+    /// # Errors
+    /// [`ErrorCode::AgentSilent`].
+    pub(crate) async fn agent(&self, running: &Running, name: &str, limit: Duration) -> ApiResult<AgentClient> {
+        let mut agent = running.agent.lock().await;
+        if let Some(client) = agent.as_ref().filter(|client| !client.is_closed()) {
+            return Ok(client.as_ref().clone());
+        }
+        let client = AgentClient::connect(running.process.agent_socket(), limit).await;
+        let client = client.map_err(|e| agent_failed(name, &e))?;
+        *agent = Some(Arc::new(client.clone()));
+        Ok(client)
+    }
+
+    /// Tells a guest who it is, with fresh entropy and the time, and waits for its answer.
+    ///
+    /// # Errors
+    /// [`ErrorCode::AgentSilent`]; an internal error when the guest could not take it up.
+    pub(crate) async fn introduce(&self, running: &Running, limit: Duration) -> ApiResult<()> {
+        let find = || self.store.read(|s| s.vms.get(&running.id).cloned());
+        let vm = find().ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("VM {} was removed", running.id)))?;
+        let client = self.agent(running, &vm.name, limit).await?;
+        let mut entropy = [0; 64];
+        getrandom::fill(&mut entropy)
+            .map_err(|e| ApiError::internal(format!("No random numbers for '{}': {e}", vm.name)))?;
+        let identity = Identity {
+            clone_number: vm.clone_number,
+            generation: vm.generation,
+            family: vm.family.to_string(),
+            parent: vm.parent.map(|p| p.to_string()),
+            vm_id: vm.id.to_string(),
+            name: vm.name.clone(),
+            entropy: hex(&entropy),
+            realtime_ns: unix_ns(),
+        };
+        let answer = client.with_limit(limit).identity(&identity).await.map_err(|e| agent_failed(&vm.name, &e))?;
+        if !answer.ok {
+            let why = answer.error.unwrap_or_else(|| "no reason given".to_owned());
+            return Err(ApiError::internal(format!("VM '{}' could not take its identity up: {why}", vm.name)));
+        }
+        self.store.amend(|s| {
+            if let Some(vm) = s.vms.get_mut(&running.id) {
+                vm.agent = true;
+            }
+        });
+        Ok(())
+    }
+
+    /// Introduces itself to a guest that may take long to boot; that it does not answer is no error.
+    pub(crate) async fn greet(&self, running: &Running, limit: Duration) {
+        if limit.is_zero() {
+            return;
+        }
+        if let Err(err) = self.introduce(running, limit).await {
+            tracing::warn!(vm = %running.id, "{err}");
+        }
+    }
+
+    /// Has the guest shut down, and waits for its QEMU to end.
+    pub(crate) async fn ask_to_shut_down(&self, running: &Running, grace: Duration) {
+        let asked = async {
+            let client = self.agent(running, "?", grace.min(CONNECT)).await.ok()?;
+            // Its channel may break before its answer.
+            let _ = client.with_limit(grace).shutdown().await;
+            running.process.wait_exit().await;
+            Some(())
+        };
+        let _ = tokio::time::timeout(grace, asked).await;
+    }
+
+    /// `GET /v1/vms/{vm}/ping`.
+    ///
+    /// # Errors
+    /// [`ErrorCode::AgentSilent`].
+    pub async fn ping(&self, wanted: &str) -> ApiResult<PingReply> {
+        let (vm, running) = self.find_running(wanted)?;
+        let client = self.agent(&running, &vm.name, CONNECT).await?;
+        let rtt = client.ping().await.map_err(|e| agent_failed(&vm.name, &e))?;
+        Ok(PingReply { rtt_us: crate::stats::us(rtt) })
+    }
+
+    /// `GET /v1/vms/{vm}/time`.
+    ///
+    /// # Errors
+    /// [`ErrorCode::AgentSilent`].
+    pub async fn guest_time(&self, wanted: &str) -> ApiResult<GuestTime> {
+        let (vm, running) = self.find_running(wanted)?;
+        let client = self.agent(&running, &vm.name, CONNECT).await?;
+        let before = unix_ns();
+        let time = client.time().await.map_err(|e| agent_failed(&vm.name, &e))?;
+        let middle = before / 2 + unix_ns() / 2;
+        let offset_ns = i64::try_from(i128::from(time.realtime_ns) - i128::from(middle)).unwrap_or(i64::MAX);
+        Ok(GuestTime { realtime_ns: time.realtime_ns, monotonic_ns: time.monotonic_ns, offset_ns })
+    }
+
+    /// A connection to the agent of a VM that runs.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotFound`], [`ErrorCode::WrongState`], [`ErrorCode::AgentSilent`].
+    pub async fn agent_of(&self, wanted: &str) -> ApiResult<(VmRecord, AgentClient)> {
+        let (vm, running) = self.find_running(wanted)?;
+        let client = self.agent(&running, &vm.name, CONNECT).await?;
+        Ok((vm, client))
+    }
+
+    /// The serial console of a VM: one user at a time.
+    ///
+    /// # Errors
+    /// [`ErrorCode::InUse`] when somebody else has it.
+    pub async fn console(&self, wanted: &str) -> ApiResult<Only> {
+        let (vm, running) = self.find_running(wanted)?;
+        let flag = running.console.clone();
+        if flag.swap(true, Ordering::AcqRel) {
+            return Err(ApiError::new(ErrorCode::InUse, format!("Somebody else has the console of VM '{}'", vm.name))
+                .remedy("wait until they leave it"));
+        }
+        match UnixStream::connect(running.process.console_socket()).await {
+            Ok(stream) => Ok(Only { stream, flag }),
+            Err(err) => {
+                flag.store(false, Ordering::Release);
+                Err(ApiError::failed(format!("Failed to open the console of VM '{}'", vm.name), err))
+            }
+        }
+    }
+}
+
+/// Runs a command over an upgraded connection: the first frame says which, the last how it ended. A connection that
+/// breaks ends the command.
+///
+/// # Errors
+/// Those of the connection.
+pub async fn serve_exec<S: AsyncRead + AsyncWrite + Send>(client: AgentClient, stream: S) -> io::Result<()> {
+    let (mut input, mut output) = tokio::io::split(stream);
+    let request: ExecRequest = match exec::read_frame(&mut input).await? {
+        Some((Kind::Request, json)) => match serde_json::from_slice(&json) {
+            Ok(request) => request,
+            Err(err) => {
+                return exec::write_frame(&mut output, Kind::Error, format!("Bad request: {err}").as_bytes()).await;
+            }
+        },
+        _ => return exec::write_frame(&mut output, Kind::Error, b"The first frame is no request").await,
+    };
+    let session = client.exec(ramet_guest::host::ExecRequest {
+        exec: Exec {
+            argv: request.argv,
+            env: request.env.into_iter().collect(),
+            cwd: request.cwd,
+            tty: request.tty,
+            stdin: request.stdin,
+            rows: request.rows,
+            cols: request.cols,
+        },
+        limit: None,
+        kill_on_drop: true,
+    });
+    let ExecSession { mut stdin, mut events, control } = match session {
+        Ok(session) => session,
+        Err(err) => return exec::write_frame(&mut output, Kind::Error, err.to_string().as_bytes()).await,
+    };
+    let feed = async {
+        while let Some((kind, payload)) = exec::read_frame(&mut input).await? {
+            match kind {
+                Kind::Stdin => {
+                    // A command that has closed its input goes on all the same.
+                    if let Some(to) = &mut stdin
+                        && to.write_all(&payload).await.is_err()
+                    {
+                        stdin = None;
+                    }
+                }
+                Kind::StdinEof => stdin = None,
+                Kind::Signal if payload.len() == 1 => drop(control.signal(payload[0])),
+                Kind::Resize => {
+                    if let [r0, r1, c0, c1] = payload[..] {
+                        let _ = control.resize(u16::from_le_bytes([r0, r1]), u16::from_le_bytes([c0, c1]));
+                    }
+                }
+                _ => {
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, "Unexpected exec frame"));
+                }
+            }
+        }
+        io::Result::Ok(())
+    };
+    let drain = async {
+        loop {
+            match events.next().await {
+                Ok(Some(ExecEvent::Stdout(bytes))) => exec::write_frame(&mut output, Kind::Stdout, &bytes).await?,
+                Ok(Some(ExecEvent::Stderr(bytes))) => exec::write_frame(&mut output, Kind::Stderr, &bytes).await?,
+                Ok(Some(ExecEvent::Exit(code))) => {
+                    return exec::write_frame(&mut output, Kind::Exit, &code.to_le_bytes()).await;
+                }
+                Ok(None) => return exec::write_frame(&mut output, Kind::Error, b"The guest has gone away").await,
+                Err(err) => return exec::write_frame(&mut output, Kind::Error, err.to_string().as_bytes()).await,
+            }
+        }
+    };
+    // The end of the caller's side is the end of the command, too: `events` is dropped.
+    tokio::select! {
+        fed = feed => fed,
+        drained = drain => drained,
+    }
+}

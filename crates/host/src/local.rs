@@ -1,0 +1,151 @@
+//! Clones on this host: claim a QEMU, give it the image, load the devices, and - when all siblings are ready - go on.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use ramet_client::api::{CloneResult, ErrorCode, Timeline, VmInfo};
+use ramet_memory::VmId;
+use ramet_pager::control::View;
+
+use crate::{
+    backend,
+    daemon::{Daemon, all},
+    error::{ApiError, ApiResult},
+    pagers::Pager,
+    state::CheckpointRecord,
+    stats::{Clock, us},
+    vms::Running,
+};
+
+/// A clone that is to be: on record as starting.
+#[derive(Debug, Clone)]
+pub(crate) struct NewClone {
+    pub(crate) id: VmId,
+    pub(crate) name: String,
+}
+
+/// A clone that runs.
+#[derive(Debug)]
+pub(crate) struct LocalClone {
+    pub(crate) vm: VmInfo,
+    pub(crate) running_us: u64,
+    pub(crate) answered_us: Option<u64>,
+    pub(crate) warm: bool,
+    pub(crate) timeline: Timeline,
+}
+
+impl LocalClone {
+    pub(crate) fn into_result(self) -> CloneResult {
+        let Self { vm, running_us, answered_us, warm, timeline } = self;
+        CloneResult { vm, running_us, answered_us, warm, timeline }
+    }
+}
+
+/// A clone whose devices are loaded.
+struct Loaded {
+    clone: NewClone,
+    running: Arc<Running>,
+    warm: bool,
+    clock: Clock,
+}
+
+impl Daemon {
+    /// Makes clones on this host. On failure those that were made are left to the caller, who discards all that are on
+    /// record as starting.
+    pub(crate) async fn make_here(
+        self: &Arc<Self>,
+        record: &CheckpointRecord,
+        state: Arc<Vec<u8>>,
+        clones: Vec<NewClone>,
+        wait_agent: Duration,
+        begin: Instant,
+    ) -> Result<Vec<LocalClone>, Vec<ApiError>> {
+        let pager = self.pager(record.family).await.map_err(|e| vec![e])?;
+        let loaded = all(clones.into_iter().map(|clone| {
+            let (daemon, record, state, pager) = (self.clone(), record.clone(), state.clone(), pager.clone());
+            async move {
+                let (id, context) = (clone.id, format!("Clone '{}'", clone.name));
+                let loaded = daemon.load(&record, &state, clone, &pager, begin).await;
+                if loaded.is_err() {
+                    // Also when its record has gone meanwhile.
+                    daemon.release(id).await;
+                }
+                loaded.map_err(|e| e.context(context))
+            }
+        }))
+        .await;
+        let loaded = all_or_errors(loaded)?;
+        // All are ready: now they go on together.
+        let gone_on = all(loaded.into_iter().map(|loaded| {
+            let daemon = self.clone();
+            async move { daemon.go_on(loaded, wait_agent, begin).await }
+        }))
+        .await;
+        let made = all_or_errors(gone_on)?;
+        // The next fork of this shape finds QEMUs ready.
+        self.warm_pool(&record.spec);
+        Ok(made)
+    }
+
+    async fn load(
+        self: &Arc<Self>,
+        record: &CheckpointRecord,
+        state: &[u8],
+        clone: NewClone,
+        pager: &Pager,
+        begin: Instant,
+    ) -> ApiResult<Loaded> {
+        let mut clock = Clock::new(begin);
+        let claimed = backend::claim(&self.pool, &record.spec).await?;
+        let running = self.adopt(clone.id, claimed.process);
+        let vm = self.store.update(|s| {
+            let vm = s.vms.get_mut(&clone.id).ok_or_else(|| ApiError::internal("it was removed while it was made"))?;
+            vm.dir = claimed.dir;
+            ApiResult::Ok(vm.clone())
+        })?;
+        clock.lap("claim");
+        let attached = self.attach(&running, &vm, pager, View::Image(record.id)).await?;
+        clock.part("remap", attached.remap_us);
+        clock.lap("attach");
+        backend::load_state(&running.process, state).await?;
+        clock.lap("load");
+        Ok(Loaded { clone, running, warm: claimed.warm, clock })
+    }
+
+    async fn go_on(self: &Arc<Self>, loaded: Loaded, wait_agent: Duration, begin: Instant) -> ApiResult<LocalClone> {
+        let Loaded { clone, running, warm, mut clock } = loaded;
+        let context = format!("Clone '{}'", clone.name);
+        clock.lap("wait");
+        backend::cont(&running.process).await.map_err(|e| e.context(&context))?;
+        clock.lap("continue");
+        let running_us = us(begin.elapsed());
+        let mut answered_us = None;
+        if wait_agent.is_zero() {
+            let (daemon, running) = (self.clone(), running.clone());
+            tokio::spawn(async move { daemon.greet(&running, Duration::from_secs(60)).await });
+        } else {
+            self.introduce(&running, wait_agent).await.map_err(|e| e.context(&context))?;
+            clock.lap("first_answer");
+            answered_us = Some(us(begin.elapsed()));
+        }
+        let timeline = self.keep_timeline(&running, "clone", clock);
+        let record = self.store.read(|s| s.vms.get(&clone.id).cloned());
+        let record = record.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("{context} was removed")))?;
+        Ok(LocalClone { vm: self.info_of(&record, None), running_us, answered_us, warm, timeline })
+    }
+}
+
+/// All results, or all errors.
+fn all_or_errors<T>(results: Vec<ApiResult<T>>) -> Result<Vec<T>, Vec<ApiError>> {
+    let mut good = Vec::with_capacity(results.len());
+    let mut bad = Vec::new();
+    for result in results {
+        match result {
+            Ok(value) => good.push(value),
+            Err(err) => bad.push(err),
+        }
+    }
+    if bad.is_empty() { Ok(good) } else { Err(bad) }
+}

@@ -1,0 +1,234 @@
+//! Other hosts: who they are, how they are reached, how a host becomes one of them.
+
+pub mod join;
+pub mod proxy;
+pub mod tls;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs, io,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use ramet_client::{
+    Client,
+    api::{ErrorCode, HostEntry, PeerAddress},
+    transport::{BoxIo, Connect, Connecting},
+};
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+use crate::{
+    error::{ApiError, ApiResult, from_peer},
+    names::shown,
+    stats::{lock, us},
+};
+
+/// How long a host may take to say that it lives.
+const LIVENESS: Duration = Duration::from_secs(2);
+
+/// Connections to one host by mutual TLS.
+#[derive(Debug)]
+pub struct Tls {
+    /// `IP:PORT`.
+    pub address: String,
+    /// The name that its certificate must have.
+    pub name: String,
+    /// Who we are, and whom we trust.
+    pub config: Arc<ClientConfig>,
+}
+
+impl Connect for Tls {
+    fn connect(&self) -> Connecting<'_> {
+        Box::pin(async {
+            let name = ServerName::try_from(self.name.clone()).map_err(io::Error::other)?;
+            let tcp = TcpStream::connect(&self.address).await?;
+            tcp.set_nodelay(true)?;
+            Ok(BoxIo::new(TlsConnector::from(self.config.clone()).connect(name, tcp).await?))
+        })
+    }
+    fn target(&self) -> String {
+        format!("{} ({})", self.name, self.address)
+    }
+}
+
+/// The other hosts of the group.
+#[derive(Debug)]
+pub struct Peers {
+    name: String,
+    files: tls::Files,
+    path: PathBuf,
+    known: Mutex<BTreeMap<String, String>>,
+    clients: Mutex<HashMap<String, Client>>,
+}
+
+impl Peers {
+    /// Reads who is known.
+    ///
+    /// # Errors
+    /// When the file is damaged.
+    pub fn open(name: &str, files: tls::Files, path: PathBuf) -> anyhow::Result<Self> {
+        let known = match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| {
+                format!("{} is damaged: remove it, and learn the hosts again by `ramet host join`", path.display())
+            })?,
+            Err(err) if err.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
+            Err(err) => return Err(err).with_context(|| format!("Failed to read {}", path.display())),
+        };
+        Ok(Self { name: name.to_owned(), files, path, known: Mutex::new(known), clients: Mutex::default() })
+    }
+
+    /// The certificates.
+    #[must_use]
+    pub fn files(&self) -> &tls::Files {
+        &self.files
+    }
+
+    /// All hosts of the group with their addresses, this one included once trust is set up.
+    pub fn hosts(&self) -> Vec<PeerAddress> {
+        lock(&self.known)
+            .iter()
+            .map(|(name, address)| PeerAddress { name: name.clone(), address: address.clone() })
+            .collect()
+    }
+
+    /// The names of the other hosts.
+    pub fn others(&self) -> Vec<String> {
+        lock(&self.known).keys().filter(|name| **name != self.name).cloned().collect()
+    }
+
+    /// This host's own address.
+    pub fn own_address(&self) -> Option<String> {
+        lock(&self.known).get(&self.name).cloned()
+    }
+
+    /// Takes note of hosts, and returns whether anything was new.
+    ///
+    /// # Errors
+    /// When that can't be written down.
+    pub fn learn(&self, hosts: &[PeerAddress]) -> anyhow::Result<bool> {
+        let mut known = lock(&self.known);
+        let mut next = known.clone();
+        for host in hosts {
+            next.insert(host.name.clone(), host.address.clone());
+        }
+        if next == *known {
+            return Ok(false);
+        }
+        let temp = self.path.with_extension("new");
+        fs::write(&temp, serde_json::to_vec_pretty(&next)?)
+            .and_then(|()| fs::rename(&temp, &self.path))
+            .with_context(|| format!("Failed to write {}", self.path.display()))?;
+        *known = next;
+        // Addresses may have changed.
+        lock(&self.clients).clear();
+        Ok(true)
+    }
+
+    /// A client of that host.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotFound`] when there is no such host; [`ErrorCode::Trust`] when trust is not set up.
+    pub fn client(&self, host: &str) -> ApiResult<Client> {
+        let address = lock(&self.known).get(host).cloned();
+        let Some(address) = address else {
+            let known = self.others();
+            let hint = if known.is_empty() {
+                "this host knows no others: see `ramet host init` and `ramet host join`".to_owned()
+            } else {
+                format!("known hosts: {}; `ramet host ls` lists them", known.join(", "))
+            };
+            return Err(ApiError::new(ErrorCode::NotFound, format!("No host '{}'", shown(host))).remedy(hint));
+        };
+        if let Some(client) = lock(&self.clients).get(host) {
+            return Ok(client.clone());
+        }
+        let config = self.files.client_config().map_err(|e| ApiError::failed("Can't talk to other hosts", e))?;
+        let client = Client::with_connector(Tls { address, name: host.to_owned(), config });
+        lock(&self.clients).insert(host.to_owned(), client.clone());
+        Ok(client)
+    }
+
+    /// Asks a host how it is.
+    pub async fn entry(&self, peer: PeerAddress) -> HostEntry {
+        let begin = std::time::Instant::now();
+        let asked = async {
+            let client = self.client(&peer.name)?;
+            match tokio::time::timeout(LIVENESS, client.info()).await {
+                Ok(info) => info.map_err(|e| from_peer(&peer.name, e)),
+                Err(_) => Err(ApiError::new(
+                    ErrorCode::HostUnreachable,
+                    format!("Host '{}' did not answer within {} s", peer.name, LIVENESS.as_secs()),
+                )),
+            }
+        };
+        let mut entry = HostEntry {
+            name: peer.name.clone(),
+            address: peer.address.clone(),
+            this: false,
+            alive: false,
+            error: None,
+            rtt_us: None,
+            draining: false,
+            vms: 0,
+            version: None,
+            accel: None,
+        };
+        match asked.await {
+            Ok(info) => {
+                entry.alive = true;
+                entry.rtt_us = Some(us(begin.elapsed()));
+                entry.draining = info.draining;
+                entry.vms = info.vms;
+                entry.version = Some(info.version);
+                entry.accel = Some(info.accel);
+            }
+            Err(err) => entry.error = Some(err.to_string()),
+        }
+        entry
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peers(dir: &tempfile::TempDir) -> Peers {
+        Peers::open("h1", tls::Files::new(dir.path().join("tls")), dir.path().join("peers.json")).unwrap()
+    }
+
+    #[test]
+    fn hosts_are_remembered_and_unknown_ones_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = peers(&dir);
+        let err = first.client("h9").unwrap_err();
+        assert_eq!(err.code(), ErrorCode::NotFound);
+        assert!(err.to_string().contains("No host 'h9'") && err.to_string().contains("host init"), "{err}");
+
+        let h2 = PeerAddress { name: "h2".into(), address: "10.0.0.2:7391".into() };
+        assert!(first.learn(std::slice::from_ref(&h2)).unwrap());
+        assert!(!first.learn(std::slice::from_ref(&h2)).unwrap(), "nothing new");
+        let again = peers(&dir);
+        assert_eq!(again.hosts(), [h2]);
+        assert!(again.client("h9").unwrap_err().to_string().contains("known hosts: h2"));
+    }
+
+    #[tokio::test]
+    async fn a_host_that_does_not_answer_is_listed_as_such() {
+        let dir = tempfile::tempdir().unwrap();
+        let peers = peers(&dir);
+        peers.files().init("h1", "127.0.0.1".parse().unwrap()).unwrap();
+        // A port that was free a moment ago: nobody listens.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let h2 = PeerAddress { name: "h2".into(), address: format!("127.0.0.1:{port}") };
+        peers.learn(std::slice::from_ref(&h2)).unwrap();
+        let entry = peers.entry(h2).await;
+        assert!(!entry.alive);
+        assert!(entry.error.unwrap().contains("h2"));
+    }
+}

@@ -1,0 +1,427 @@
+//! What the daemon remembers over its own death: VMs, checkpoints and families, in one file that is replaced atomically.
+//!
+//! One file, so that a whole change - eight clones that come up together - takes effect at once or not at all.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, bail};
+use ramet_client::api::VmState;
+use ramet_memory::{FamilyId, ImageId, LayerId, VmId};
+use ramet_vmm::MachineSpec;
+use serde::{Deserialize, Serialize};
+
+use crate::stats::lock;
+
+/// Version of the file. A daemon reads no other.
+const VERSION: u32 = 1;
+
+/// Milliseconds since 1970.
+#[must_use]
+pub fn now_unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// A VM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Its id.
+    pub id: VmId,
+    /// Its name.
+    pub name: String,
+    /// Never `Stalled` or `Paused`: these are found out when asked for. `Starting`: half-made, undone at the next start.
+    pub state: VmState,
+    /// Why it stopped or crashed.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Guest image of its root VM.
+    pub image: String,
+    /// `linux` or `tiny`.
+    pub guest: String,
+    /// Its machine.
+    pub spec: MachineSpec,
+    /// Its family.
+    pub family: FamilyId,
+    /// The VM it is a clone of.
+    #[serde(default)]
+    pub parent: Option<VmId>,
+    /// The checkpoint it is a clone of.
+    #[serde(default)]
+    pub checkpoint: Option<ImageId>,
+    /// Its newest checkpoint, or else the one it is a clone of.
+    #[serde(default)]
+    pub base: Option<ImageId>,
+    /// Its number in its fork call; 0: a root VM.
+    pub clone_number: u32,
+    /// Forks since the root VM.
+    pub generation: u32,
+    /// When it was made.
+    pub created_unix_ms: u64,
+    /// When its time ends.
+    #[serde(default)]
+    pub expires_unix_ms: Option<u64>,
+    /// The lease that it lives with.
+    #[serde(default)]
+    pub lease: Option<String>,
+    /// The fork call that makes it, until that is committed.
+    #[serde(default)]
+    pub call: Option<String>,
+    /// Where its VMM's files are.
+    #[serde(default)]
+    pub dir: PathBuf,
+    /// The pager serves its memory.
+    #[serde(default)]
+    pub attached: bool,
+    /// Its agent has answered.
+    #[serde(default)]
+    pub agent: bool,
+}
+
+impl VmRecord {
+    /// Whether this call is making it.
+    #[must_use]
+    pub fn of_call(&self, call: &str) -> bool {
+        self.state == VmState::Starting && self.call.as_deref() == Some(call)
+    }
+
+    /// Whether it has, or should have, a QEMU.
+    #[must_use]
+    pub fn alive(&self) -> bool {
+        !matches!(self.state, VmState::Stopped | VmState::Crashed)
+    }
+}
+
+/// A checkpoint of this host, or the copy of another host's that clones here are views of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointRecord {
+    /// Its id, which is its image's.
+    pub id: ImageId,
+    /// The user's note.
+    #[serde(default)]
+    pub note: Option<String>,
+    /// The host that holds it; none: this one.
+    #[serde(default)]
+    pub origin: Option<String>,
+    /// Its family.
+    pub family: FamilyId,
+    /// The VM it was taken of.
+    pub vm: VmId,
+    /// That VM's name then.
+    pub vm_name: String,
+    /// The checkpoint before it.
+    #[serde(default)]
+    pub base: Option<ImageId>,
+    /// Generation of that VM.
+    pub generation: u32,
+    /// Guest image of the root VM.
+    pub image: String,
+    /// `linux` or `tiny`.
+    pub guest: String,
+    /// The machine.
+    pub spec: MachineSpec,
+    /// Layers, oldest first; the last one is its own.
+    pub layers: Vec<LayerId>,
+    /// When it was made.
+    pub created_unix_ms: u64,
+    /// Size of the devices' state.
+    pub state_bytes: u64,
+    /// The parent's pause.
+    pub pause_us: u64,
+    /// Hosts that were sent its descriptor, and may have clones.
+    #[serde(default)]
+    pub peers: Vec<String>,
+    /// Made by a fork that has not succeeded yet: undone at the next start.
+    #[serde(default)]
+    pub pending: bool,
+}
+
+/// A family: it has a pager.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FamilyRecord {
+    /// Its id.
+    pub id: FamilyId,
+}
+
+/// All that is remembered.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// The VMs.
+    #[serde(default)]
+    pub vms: BTreeMap<VmId, VmRecord>,
+    /// The checkpoints.
+    #[serde(default)]
+    pub checkpoints: BTreeMap<ImageId, CheckpointRecord>,
+    /// The families.
+    #[serde(default)]
+    pub families: BTreeMap<FamilyId, FamilyRecord>,
+    /// No new VMs are taken.
+    #[serde(default)]
+    pub draining: bool,
+}
+
+impl State {
+    /// The VM of this name.
+    #[must_use]
+    pub fn vm_named(&self, name: &str) -> Option<&VmRecord> {
+        self.vms.values().find(|vm| vm.name == name)
+    }
+
+    /// Checkpoints that need the newest layer of this one, itself left out.
+    pub fn children(&self, checkpoint: &CheckpointRecord) -> impl Iterator<Item = &CheckpointRecord> {
+        let (own, top) = (checkpoint.id, checkpoint.layers.last().copied());
+        self.checkpoints.values().filter(move |c| c.id != own && top.is_some_and(|t| c.layers.contains(&t)))
+    }
+
+    /// VMs with a QEMU whose memory shows this checkpoint's image.
+    pub fn views(&self, checkpoint: ImageId) -> impl Iterator<Item = &VmRecord> {
+        self.vms.values().filter(move |vm| vm.checkpoint == Some(checkpoint) && vm.alive())
+    }
+
+    /// Whether anything of the family is left.
+    #[must_use]
+    pub fn family_used(&self, family: FamilyId) -> bool {
+        self.vms.values().any(|vm| vm.family == family && vm.alive())
+            || self.checkpoints.values().any(|c| c.family == family)
+    }
+}
+
+#[derive(Serialize)]
+struct FileRef<'a> {
+    version: u32,
+    #[serde(flatten)]
+    state: &'a State,
+}
+
+/// The state in memory and on disk.
+#[derive(Debug)]
+pub struct Store {
+    path: PathBuf,
+    state: Mutex<State>,
+}
+
+impl Store {
+    /// Reads the file, or begins an empty one. What an interrupted write left behind is removed.
+    ///
+    /// # Errors
+    /// When the file is of another version or damaged: names it and the remedy.
+    pub fn open(path: impl Into<PathBuf>) -> anyhow::Result<Self> {
+        let path = path.into();
+        let _ = fs::remove_file(temp(&path));
+        let state = match fs::read(&path) {
+            Ok(bytes) => read(&path, &bytes)?,
+            Err(err) if err.kind() == std::io::ErrorKind::NotFound => State::default(),
+            Err(err) => return Err(err).with_context(|| format!("Failed to read {}", path.display())),
+        };
+        Ok(Self { path, state: Mutex::new(state) })
+    }
+
+    /// Looks at the state.
+    pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        look(&lock(&self.state))
+    }
+
+    /// Changes the state. The change is on disk when this returns; when it can't be written, or `change` fails, the
+    /// state is as before.
+    ///
+    /// # Errors
+    /// That of `change`, or of the disk.
+    pub fn update<T, E: From<anyhow::Error>>(&self, change: impl FnOnce(&mut State) -> Result<T, E>) -> Result<T, E> {
+        let mut state = lock(&self.state);
+        let mut next = state.clone();
+        let result = change(&mut next)?;
+        if next != *state {
+            write(&self.path, &next)?;
+            *state = next;
+        }
+        Ok(result)
+    }
+
+    /// Changes the state where nothing can be done about a full disk: that is logged, and the change holds in memory.
+    pub fn amend(&self, change: impl FnOnce(&mut State)) {
+        let mut state = lock(&self.state);
+        let before = state.clone();
+        change(&mut state);
+        if *state != before
+            && let Err(err) = write(&self.path, &state)
+        {
+            tracing::error!("{err:#}");
+        }
+    }
+}
+
+fn temp(path: &Path) -> PathBuf {
+    path.with_extension("new")
+}
+
+fn read(path: &Path, bytes: &[u8]) -> anyhow::Result<State> {
+    let name = path.display();
+    let remedy = "move it away to begin anew; running VMs are then ended";
+    let value: serde_json::Value =
+        serde_json::from_slice(bytes).with_context(|| format!("{name} is damaged; {remedy}"))?;
+    match value.get("version").and_then(serde_json::Value::as_u64) {
+        Some(version) if version == u64::from(VERSION) => {}
+        version => bail!(
+            "{name} has version {}, this rametd reads version {VERSION}: run the rametd that wrote it, or {remedy}",
+            version.map_or("none".to_owned(), |v| v.to_string())
+        ),
+    }
+    serde_json::from_value(value).with_context(|| format!("{name} is damaged; {remedy}"))
+}
+
+/// Writes beside the file, then renames: whoever reads it finds the old or the new one, whole.
+fn write(path: &Path, state: &State) -> anyhow::Result<()> {
+    let write = || -> anyhow::Result<()> {
+        let temp = temp(path);
+        let mut file = fs::File::create(&temp)?;
+        file.write_all(&serde_json::to_vec(&FileRef { version: VERSION, state })?)?;
+        fs::rename(&temp, path)?;
+        Ok(())
+    };
+    write().with_context(|| format!("Failed to write {}; is its disk full?", path.display()))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn vm(name: &str) -> VmRecord {
+        VmRecord {
+            id: VmId::random(),
+            name: name.to_owned(),
+            state: VmState::Running,
+            reason: None,
+            image: "default".to_owned(),
+            guest: "linux".to_owned(),
+            spec: spec(),
+            family: FamilyId::from_u128(1),
+            parent: None,
+            checkpoint: None,
+            base: None,
+            clone_number: 0,
+            generation: 0,
+            created_unix_ms: 1,
+            expires_unix_ms: None,
+            lease: None,
+            call: None,
+            dir: PathBuf::new(),
+            attached: false,
+            agent: false,
+        }
+    }
+
+    pub(crate) fn spec() -> MachineSpec {
+        crate::backend::machine_spec(
+            "pc-i440fx-7.2",
+            ramet_memory::ByteSize::mib(64),
+            1,
+            ramet_vmm::Accel::Tcg,
+            None,
+            true,
+        )
+    }
+
+    pub(crate) fn checkpoint(layers: &[u128]) -> CheckpointRecord {
+        CheckpointRecord {
+            id: ImageId::random(),
+            note: None,
+            origin: None,
+            family: FamilyId::from_u128(1),
+            vm: VmId::random(),
+            vm_name: "web".to_owned(),
+            base: None,
+            generation: 0,
+            image: "default".to_owned(),
+            guest: "linux".to_owned(),
+            spec: spec(),
+            layers: layers.iter().map(|&n| LayerId::from_u128(n)).collect(),
+            created_unix_ms: 1,
+            state_bytes: 0,
+            pause_us: 0,
+            peers: Vec::new(),
+            pending: false,
+        }
+    }
+
+    fn add(store: &Store, vm: VmRecord) {
+        store
+            .update(|s| -> anyhow::Result<()> {
+                s.vms.insert(vm.id, vm);
+                Ok(())
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn what_was_written_is_found_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.json");
+        let store = Store::open(&path).unwrap();
+        let record = vm("web");
+        add(&store, record.clone());
+        store.amend(|s| {
+            let c = checkpoint(&[1, 2]);
+            s.checkpoints.insert(c.id, c);
+        });
+        // A write that was interrupted leaves a file that is not looked at.
+        fs::write(temp(&path), b"{\"version\":1,\"vms\":{").unwrap();
+        let again = Store::open(&path).unwrap();
+        assert_eq!(again.read(Clone::clone), store.read(Clone::clone));
+        assert_eq!(again.read(|s| s.vm_named("web").cloned()), Some(record));
+        assert!(!temp(&path).exists());
+    }
+
+    #[test]
+    fn a_change_that_fails_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().join("state.json")).unwrap();
+        let failed: anyhow::Result<()> = store.update(|s| {
+            s.draining = true;
+            anyhow::bail!("no")
+        });
+        assert!(failed.is_err());
+        assert!(!store.read(|s| s.draining));
+        // Nor does one that can't be written.
+        let gone = Store::open(dir.path().join("missing/state.json")).unwrap();
+        let failed: anyhow::Result<()> = gone.update(|s| {
+            s.draining = true;
+            Ok(())
+        });
+        assert!(format!("{:#}", failed.unwrap_err()).contains("missing/state.json"));
+        assert!(!gone.read(|s| s.draining));
+    }
+
+    #[test]
+    fn other_versions_and_damage_are_refused_with_a_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.json");
+        for (content, expected) in [("{\"version\":7}", "version 7"), ("{}", "version none"), ("{\"ver", "damaged")] {
+            fs::write(&path, content).unwrap();
+            let err = format!("{:#}", Store::open(&path).unwrap_err());
+            assert!(err.contains(expected) && err.contains("move it away") && err.contains("state.json"), "{err}");
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_is_used_by_whoever_has_its_layer() {
+        let mut state = State::default();
+        let (first, second, other) = (checkpoint(&[1]), checkpoint(&[1, 2]), checkpoint(&[3]));
+        for c in [&first, &second, &other] {
+            state.checkpoints.insert(c.id, c.clone());
+        }
+        assert_eq!(state.children(&first).map(|c| c.id).collect::<Vec<_>>(), [second.id]);
+        assert_eq!(state.children(&second).count(), 0);
+
+        let mut clone = vm("web-c1");
+        clone.checkpoint = Some(second.id);
+        state.vms.insert(clone.id, clone.clone());
+        assert_eq!(state.views(second.id).count(), 1);
+        state.vms.entry(clone.id).and_modify(|vm| vm.state = VmState::Crashed);
+        assert_eq!(state.views(second.id).count(), 0, "a dead VM needs no image");
+    }
+}

@@ -1,0 +1,125 @@
+//! What can go wrong with images.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// A failure to build, find or load an image.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// No image of that name.
+    #[error("there is no image {name:?}; build it with `ramet image build --name {name}`, or see `ramet image ls`")]
+    Missing {
+        /// The name.
+        name: String,
+    },
+    /// A name that cannot be one.
+    #[error(
+        "{name:?} cannot be the name of an image: use 1 to 64 of a-z, 0-9, `-`, `_`, `.`, beginning with a letter or digit"
+    )]
+    BadName {
+        /// The name.
+        name: String,
+    },
+    /// An image of that name exists already.
+    #[error("there is an image {name:?} already; remove it with `ramet image rm {name}`, or build with `--replace`")]
+    Exists {
+        /// The name.
+        name: String,
+    },
+    /// A file of the image is missing, truncated or changed.
+    #[error("image {name:?} is damaged: {} {what}; build it again with `ramet image build --name {name} --replace`", file.display())]
+    Damaged {
+        /// The image.
+        name: String,
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The image was made by another version.
+    #[error(
+        "image {name:?} has format {found}, this version of Ramet knows {known}; build it again with `ramet image build --name {name} --replace`"
+    )]
+    Format {
+        /// The image.
+        name: String,
+        /// Its format.
+        found: u32,
+        /// Our format.
+        known: u32,
+    },
+    /// A tool of the distribution is missing.
+    #[error("cannot run `{tool}`: {source}; images are built on Debian or Ubuntu, with `apt` and `dpkg` installed")]
+    Tool {
+        /// The tool.
+        tool: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// No such package.
+    #[error("the distribution has no package {package:?}; check the name with `apt-cache search`")]
+    NoPackage {
+        /// The package.
+        package: String,
+    },
+    /// Packages cannot be resolved or downloaded.
+    #[error("cannot {what}: {reason}; check the network and /etc/apt/sources.list*, then try again")]
+    Apt {
+        /// What was tried.
+        what: String,
+        /// What apt said.
+        reason: String,
+    },
+    /// A tool failed.
+    #[error("cannot {what}: {reason}")]
+    Failed {
+        /// What was tried.
+        what: String,
+        /// Why.
+        reason: String,
+    },
+    /// The agent's binary is missing or not what guests need.
+    #[error(
+        "{} cannot be the guest's agent: {reason}; build it with `RUSTFLAGS=-Ctarget-feature=+crt-static cargo build \
+         --profile guest -p ramet-guest --bin ramet-agent --no-default-features --target x86_64-unknown-linux-gnu \
+         --target-dir target/guest`",
+        path.display()
+    )]
+    Agent {
+        /// The binary.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A path to add that cannot be added.
+    #[error(
+        "cannot add {what:?} to the image: {reason}; use HOST[:GUEST] with an existing file or directory and an absolute path in the guest"
+    )]
+    BadAdd {
+        /// What was to be added.
+        what: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A file of the host cannot be read or written.
+    #[error("cannot {verb} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        verb: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// Names the file in an error.
+pub(crate) trait Named<T> {
+    fn named(self, verb: &'static str, path: &Path) -> Result<T, ImageError>;
+}
+
+impl<T> Named<T> for io::Result<T> {
+    fn named(self, verb: &'static str, path: &Path) -> Result<T, ImageError> {
+        self.map_err(|source| ImageError::Io { verb, path: path.to_owned(), source })
+    }
+}
