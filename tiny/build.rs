@@ -14,4 +14,10 @@ fn main() {
         println!("cargo:rustc-link-arg-bins={argument}");
     }
     println!("cargo:rerun-if-changed=link.ld");
+    let flags = std::env::var("CARGO_ENCODED_RUSTFLAGS").unwrap_or_default();
+    if !flags.contains("noimplicitfloat") {
+        println!(
+            "cargo:warning=built without the flags of tiny/.cargo/config.toml (is RUSTFLAGS set?): it may use SSE"
+        );
+    }
 }

@@ -9,10 +9,12 @@
 mod boot;
 mod pattern;
 mod port;
+mod smp;
 
 use boot::Gate;
 use core::{arch::asm, ptr};
 use port::{Frames, Serial, in8, out8, send};
+use smp::Work;
 
 const CONSOLE: Serial = Serial(0x3f8);
 const AGENT: Serial = Serial(0x2f8);
@@ -36,6 +38,7 @@ extern "C" fn main(info: u32) -> ! {
     start_interrupts();
     CONSOLE.start(false);
     AGENT.start(true);
+    smp::start();
     let mut guest = Guest { counter: 0, clone_number: 0, pages: memory / PAGE };
     if probe {
         let good = guest.fill(7, FIRST_PAGE, 2048) && guest.check(7, FIRST_PAGE, 2048);
@@ -48,10 +51,15 @@ extern "C" fn main(info: u32) -> ! {
             frames.take(byte, |kind, stream, payload| guest.answer(kind, stream, payload));
         }
         guest.counter += 1;
-        // Interrupts come here and nowhere else: a byte for the agent, or the next tick.
-        // SAFETY: the handler restores all that it uses.
-        unsafe { asm!("sti", "hlt", "cli") };
+        // For a byte for the agent, or the next tick.
+        sleep();
     }
+}
+
+/// Waits for an interrupt. They come here and nowhere else.
+fn sleep() {
+    // SAFETY: the handlers restore all that they use.
+    unsafe { asm!("sti", "hlt", "cli") };
 }
 
 /// Memory in bytes and whether the command line says `probe`, from multiboot's structure.
@@ -71,8 +79,9 @@ fn boot_information(info: u32) -> (u64, bool) {
 }
 
 fn start_interrupts() {
-    for (number, handler) in [(32, boot::tick), (35, boot::tick), (36, boot::tick), (39, boot::tick)] {
-        // SAFETY: one CPU, interrupts are off, and the table is not loaded into use before they are on.
+    for number in [32, 35, 36, 39, smp::WAKE as usize] {
+        let handler = if number == smp::WAKE as usize { boot::wake } else { boot::tick };
+        // SAFETY: one CPU runs, interrupts are off, and the table is not loaded into use before they are on.
         unsafe { IDT[number] = Gate::to(handler as *const () as u64) };
     }
     // The interrupt controllers: from vector 32; the timer and the second serial port only.
@@ -142,6 +151,18 @@ impl Guest {
         Some(sum)
     }
 
+    /// Lets all processors do this to the same pages at the same time; the exit code.
+    fn together(&self, work: Work, first: u64, count: u64) -> i32 {
+        if !self.inside(first, count) {
+            return 1;
+        }
+        // SAFETY: memory beyond the guest's own, as just checked.
+        match unsafe { smp::together(work, first, count) } {
+            Some(good) => !good as i32,
+            None => 2,
+        }
+    }
+
     fn answer(&mut self, kind: u8, stream: u32, payload: &[u8]) {
         match kind {
             1 => {
@@ -182,6 +203,13 @@ impl Guest {
                 }
                 Some(!inside as i32)
             }
+            ("touch-smp", Some(first), Some(n), _) => Some(self.together(Work::Touch, first, n)),
+            ("fill-smp", Some(seed), Some(first), Some(n)) => Some(self.together(Work::Fill(seed), first, n)),
+            ("check-smp", Some(seed), Some(first), Some(n)) => Some(self.together(Work::Check(seed), first, n)),
+            ("smp", ..) => {
+                text.put(smp::up() as u64, 10, 1);
+                Some(0)
+            }
             ("peek", Some(page), index, _) if self.inside(page, 1) => {
                 // SAFETY: as for `fill`; the index stays inside the page.
                 let word = unsafe { ptr::read_volatile(address(page, index.unwrap_or(0) % pattern::WORDS)) };
@@ -216,7 +244,8 @@ impl Guest {
                 send(AGENT, 0x88, stream, &[&code.to_le_bytes()]);
             }
             None => {
-                send(AGENT, 0x89, stream, &[b"the tiny guest knows: fill check sum touch peek poke count id pages"])
+                let known = b"the tiny guest knows: fill check sum touch (also with -smp) peek poke count id pages smp";
+                send(AGENT, 0x89, stream, &[known])
             }
         }
     }

@@ -10,6 +10,11 @@ pub fn out8(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack)) };
 }
 
+pub fn out16(port: u16, value: u16) {
+    // SAFETY: as above.
+    unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack)) };
+}
+
 pub fn in8(port: u16) -> u8 {
     let value;
     // SAFETY: as above.

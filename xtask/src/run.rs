@@ -33,12 +33,13 @@ pub(crate) struct Tool {
     program: OsString,
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
+    unset: Vec<&'static str>,
     dir: Option<PathBuf>,
 }
 
 impl Tool {
     pub(crate) fn new(program: impl AsRef<OsStr>) -> Self {
-        Self { program: program.as_ref().to_owned(), args: Vec::new(), env: Vec::new(), dir: None }
+        Self { program: program.as_ref().to_owned(), args: Vec::new(), env: Vec::new(), unset: Vec::new(), dir: None }
     }
 
     /// The cargo that runs this xtask.
@@ -61,6 +62,13 @@ impl Tool {
     #[must_use]
     pub(crate) fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.env.push((name.into(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// The same without a variable of this process's environment.
+    #[must_use]
+    pub(crate) fn without_env(mut self, name: &'static str) -> Self {
+        self.unset.push(name);
         self
     }
 
@@ -89,12 +97,15 @@ impl Tool {
         }
         args.push(self.program);
         args.extend(self.args);
-        Ok(Self { program: "sudo".into(), args, env: Vec::new(), dir: self.dir })
+        Ok(Self { program: "sudo".into(), args, env: Vec::new(), unset: Vec::new(), dir: self.dir })
     }
 
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.args(&self.args).envs(self.env.iter().map(|(k, v)| (k, v))).stdin(Stdio::null());
+        for name in &self.unset {
+            command.env_remove(name);
+        }
         if let Some(dir) = &self.dir {
             command.current_dir(dir);
         }

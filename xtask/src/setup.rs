@@ -144,7 +144,11 @@ fn agent_build(root: &Path) -> Tool {
 
 fn tiny_build(root: &Path) -> Tool {
     // In its own directory, so that its own .cargo/config.toml holds.
-    Tool::cargo(&root.join("tiny")).args(["build", "--release", "--target-dir"]).arg(target(root).join("tiny"))
+    // The flags of its configuration must not be replaced.
+    Tool::cargo(&root.join("tiny"))
+        .args(["build", "--release", "--target-dir"])
+        .arg(target(root).join("tiny"))
+        .without_env("RUSTFLAGS")
 }
 
 /// Cargo's target directory.

@@ -152,6 +152,19 @@ impl Qemu {
         let mut qemu = Self::spawn(guest, dir, Some(&file))?;
         drop(file);
         let ready = began.elapsed();
+        // The copy is of a stopped machine, and comes back as one.
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            match qemu.qmp.call("query-status", &json!({}))?["status"].as_str() {
+                Some("inmigrate") => ensure!(Instant::now() < deadline, "QEMU's own restore does not end"),
+                Some("running") => break,
+                _ => {
+                    qemu.qmp.call("cont", &json!({}))?;
+                    break;
+                }
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
         let running_unix = qemu.qmp.event("RESUME")?;
         let answer =
             AgentClient::connect(&qemu.agent, LIMIT).await.context("The agent is silent after QEMU's restore")?;

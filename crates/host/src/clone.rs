@@ -327,10 +327,10 @@ impl Daemon {
             let (descriptor, call) = (descriptor.clone(), plan.call.clone());
             async move {
                 let share = match (lease, descriptor) {
-                    (Some(lease), Some(Ok(descriptor))) => daemon
-                        .make_elsewhere(&host, lease, &record, &descriptor, &clones, &terms, begin)
-                        .await
-                        .map_err(|e| vec![e]),
+                    (Some(lease), Some(Ok(descriptor))) => {
+                        let order = daemon.order(&record, lease, &clones, &terms);
+                        daemon.make_elsewhere(&host, &record, &descriptor, order, begin).await.map_err(|e| vec![e])
+                    }
                     (Some(_), Some(Err(err))) => Err(vec![err]),
                     _ => {
                         let new = daemon.reserved(&call, &clones);
@@ -355,14 +355,30 @@ impl Daemon {
         })
     }
 
+    /// What another host is asked for.
+    fn order(
+        &self,
+        record: &CheckpointRecord,
+        lease: String,
+        clones: &[Planned],
+        terms: &Terms,
+    ) -> ramet_client::api::PeerCloneRequest {
+        ramet_client::api::PeerCloneRequest {
+            origin: self.config.name.clone(),
+            clones: clones.iter().map(|c| PeerClone { clone_number: c.number, name: c.name.clone() }).collect(),
+            image: record.image.clone(),
+            ttl_s: terms.ttl_s,
+            lease: Some(lease),
+            wait_agent_s: terms.wait_agent.as_secs(),
+        }
+    }
+
     async fn make_elsewhere(
         self: &Arc<Self>,
         host: &str,
-        lease: String,
         record: &CheckpointRecord,
         descriptor: &[u8],
-        clones: &[Planned],
-        terms: &Terms,
+        order: ramet_client::api::PeerCloneRequest,
         begin: Instant,
     ) -> ApiResult<Vec<CloneResult>> {
         // First on record: whoever wants to remove the checkpoint asks that host from now on.
@@ -373,18 +389,10 @@ impl Daemon {
                 c.peers.push(host.to_owned());
             }
         });
-        let request = ramet_client::api::PeerCloneRequest {
-            origin: self.config.name.clone(),
-            clones: clones.iter().map(|c| PeerClone { clone_number: c.number, name: c.name.clone() }).collect(),
-            image: record.image.clone(),
-            ttl_s: terms.ttl_s,
-            lease: Some(lease),
-            wait_agent_s: terms.wait_agent.as_secs(),
-        };
         let before_us = us(begin.elapsed());
         let sent = Instant::now();
         let response =
-            self.peers.client(host)?.peer_clones(&request, descriptor).await.map_err(|e| from_peer(host, e))?;
+            self.peers.client(host)?.peer_clones(&order, descriptor).await.map_err(|e| from_peer(host, e))?;
         // What the other host did not account for was the way there and back.
         let way_us = us(sent.elapsed()).saturating_sub(response.total_us);
         Ok(response.clones.into_iter().map(|clone| crate::remote::shift(clone, before_us, way_us)).collect())

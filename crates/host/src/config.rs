@@ -69,7 +69,7 @@ impl Config {
             socket: state_dir.join("rametd.sock"),
             group: None,
             listen: None,
-            image_dir: state_dir.join("images"),
+            image_dir: "/var/lib/ramet/images".into(),
             limits: Limits::default(),
             qemu: "qemu-system-x86_64".into(),
             qemu_user: None,

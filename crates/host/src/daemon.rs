@@ -66,6 +66,7 @@ pub struct Daemon {
     accel: OnceCell<Accel>,
     ending: watch::Sender<Option<Ending>>,
     trusted: watch::Sender<bool>,
+    listening: watch::Sender<bool>,
 }
 
 impl std::fmt::Debug for Daemon {
@@ -109,6 +110,7 @@ impl Daemon {
             accel: OnceCell::new(),
             ending: watch::Sender::new(None),
             trusted: watch::Sender::new(trusted),
+            listening: watch::Sender::new(false),
             stats,
             vmm,
             pool,
@@ -135,9 +137,19 @@ impl Daemon {
         let _ = self.trusted.subscribe().wait_for(|trusted| *trusted).await;
     }
 
-    /// Trust has been set up: the TCP port opens.
-    pub fn trust_is_set_up(&self) {
+    /// Trust has been set up: the TCP port opens. Returns when other hosts can connect.
+    pub async fn trust_is_set_up(&self) {
         self.trusted.send_replace(true);
+        if self.config.listen.is_some() {
+            let open = async { self.listening.subscribe().wait_for(|open| *open).await.map(drop) };
+            // A port that can't be opened ends the daemon, which says why.
+            let _ = tokio::time::timeout(Duration::from_secs(5), open).await;
+        }
+    }
+
+    /// The TCP port is open.
+    pub fn port_is_open(&self) {
+        self.listening.send_replace(true);
     }
 
     /// What new VMs run on. Probing may take seconds, the first time.

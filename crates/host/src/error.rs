@@ -17,9 +17,10 @@ pub struct ApiError(Box<ErrorBody>);
 pub type ApiResult<T> = Result<T, ApiError>;
 
 impl ApiError {
-    /// An error without a remedy.
+    /// An error with the remedy that fits most errors of this kind.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self(Box::new(ErrorBody { code, message: message.into(), remedy: None, clones: Vec::new() }))
+        let remedy = usual_remedy(code).map(str::to_owned);
+        Self(Box::new(ErrorBody { code, message: message.into(), remedy, clones: Vec::new() }))
     }
 
     /// Something on the host failed that the caller can't help.
@@ -32,7 +33,7 @@ impl ApiError {
         Self::internal(format!("{what}: {:#}", err.into()))
     }
 
-    /// Adds what to do about it.
+    /// Says what to do about it, instead of what is usual.
     #[must_use]
     pub fn remedy(mut self, remedy: impl Into<String>) -> Self {
         self.0.remedy = Some(remedy.into());
@@ -85,6 +86,28 @@ impl ApiError {
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
+}
+
+/// What helps against most errors of a kind. Where an error knows better it says so.
+fn usual_remedy(code: ErrorCode) -> Option<&'static str> {
+    Some(match code {
+        ErrorCode::BadRequest | ErrorCode::BadName => "correct the request; `ramet help COMMAND` tells what is allowed",
+        ErrorCode::NotFound => "`ramet ps`, `ramet checkpoint ls` and `ramet image ls` tell what there is",
+        ErrorCode::Ambiguous => "give more digits of the id",
+        ErrorCode::NameTaken => "choose another name",
+        ErrorCode::InUse => "remove what uses it first",
+        ErrorCode::WrongState => "`ramet ps` shows the state",
+        ErrorCode::LimitReached => "ask for less, or start rametd with a higher limit",
+        ErrorCode::NoMemory => "ask for less memory, remove VMs (`ramet ps`), or use another host",
+        ErrorCode::Draining => "use another host, or `ramet host drain --undo`",
+        ErrorCode::HostUnreachable => "see `ramet host ls`; is rametd running there, and the network up?",
+        ErrorCode::Trust => "see `ramet host ls`; `ramet host init`, `token` and `join` set trust up",
+        ErrorCode::VersionMismatch => "run the same ramet release on both hosts",
+        ErrorCode::AgentSilent => "look at `ramet console VM`; is the agent in the image?",
+        ErrorCode::ForkFailed => "nothing is left of the call; try again, or fewer clones",
+        ErrorCode::Internal => "look at the daemon's log",
+        _ => return None,
+    })
 }
 
 impl fmt::Display for ApiError {

@@ -419,8 +419,7 @@ impl Daemon {
 
     async fn vm_infos(&self) -> Vec<VmInfo> {
         let mut records: Vec<_> = self.store.read(|s| s.vms.values().cloned().collect());
-        records
-            .sort_by(|a, b| (a.created_unix_ms, a.clone_number, a.id).cmp(&(b.created_unix_ms, b.clone_number, b.id)));
+        records.sort_by_key(|vm| (vm.created_unix_ms, vm.clone_number, vm.id));
         let stalls = if records.iter().any(|vm| vm.attached) { self.stalls().await } else { Vec::new() };
         records
             .iter()

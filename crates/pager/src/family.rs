@@ -843,6 +843,11 @@ fn ids<T: std::str::FromStr>(dir: &Path, extension: &str) -> io::Result<Vec<T>> 
     let mut found = Vec::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
+        if path.extension().is_some_and(|e| e == UNFINISHED) {
+            // A pager was killed while it wrote this.
+            fs::remove_file(&path)?;
+            continue;
+        }
         if path.extension().is_some_and(|e| e == extension)
             && let Some(id) = path.file_stem().and_then(|s| s.to_str()).and_then(|s| s.parse().ok())
         {
@@ -862,8 +867,17 @@ fn to_json(value: &impl Serialize) -> Vec<u8> {
 }
 
 /// Writes a file beside and renames it over: it is there whole or not at all.
+/// Extension of files that are being written.
+const UNFINISHED: &str = "unfinished";
+
+/// Replaces a file as a whole. Several may do so at once, also with files that differ by their extension only.
 fn save(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let beside = path.with_extension("new");
-    fs::write(&beside, bytes)?;
-    fs::rename(&beside, path)
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let beside = path.with_extension(format!("{}-{number}.{UNFINISHED}", std::process::id()));
+    let written = fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&beside);
+    }
+    written
 }

@@ -14,12 +14,16 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 /// Pages copied at a time by the background copier: short enough that a write of the parent hardly waits.
 const COPIER_PAGES: u64 = 32;
 /// Pages copied around one that is wanted now.
 const WANTED_PAGES: u64 = 8;
+
+/// How long the background copier rests after a batch during which a fault came.
+const AFTER_FAULT: Duration = Duration::from_micros(100);
 
 /// One checkpoint's copying.
 #[derive(Debug)]
@@ -28,6 +32,10 @@ pub struct CopySession {
     pid: u32,
     ram_addr: u64,
     owed: AtomicU64,
+    /// Faults that wait for the lock: the background copier lets them go first.
+    wanted: AtomicU64,
+    /// Faults served so far.
+    served: AtomicU64,
     buffers: Mutex<Buffers>,
     failed: OnceLock<String>,
     finished: Mutex<bool>,
@@ -49,6 +57,8 @@ impl CopySession {
             pid,
             ram_addr,
             owed: AtomicU64::new(owed),
+            wanted: AtomicU64::new(0),
+            served: AtomicU64::new(0),
             buffers: Mutex::new(Buffers {
                 parent: vec![0; BATCH * PAGE_SIZE].into_boxed_slice(),
                 below: Box::new([0; PAGE_SIZE]),
@@ -94,8 +104,23 @@ impl CopySession {
         if self.owed() == 0 {
             return Ok(());
         }
+        self.wanted.fetch_add(1, Ordering::AcqRel);
         let mut buffers = self.lock();
+        self.served.fetch_add(1, Ordering::Relaxed);
+        self.wanted.fetch_sub(1, Ordering::AcqRel);
         self.copy(run, &mut buffers)
+    }
+
+    /// Lets faults go before the background copier: a mutex alone would go to whoever runs, which is the copier.
+    fn give_way(&self, served: &mut u64) {
+        while self.wanted.load(Ordering::Acquire) > 0 {
+            std::thread::yield_now();
+        }
+        let now = self.served.load(Ordering::Relaxed);
+        if std::mem::replace(served, now) != now {
+            // More will come, and a vCPU needs this core to get to its next one.
+            std::thread::sleep(AFTER_FAULT);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Buffers> {
@@ -105,17 +130,17 @@ impl CopySession {
     /// Copies everything: the body of the background copier. Returns when nothing is owed or the parent is gone.
     pub fn copy_all(&self) {
         let mut result = Ok(());
+        let mut served = 0;
         'all: for run in self.layer.owned().iter().flat_map(|o| o.runs()) {
             let mut at = run.start.0;
             while at < run.end().0 {
                 let len = COPIER_PAGES.min(run.end().0 - at);
-                result = self.ensure_run(PageRun { start: PageIndex(at), len });
+                self.give_way(&mut served);
+                result = self.copy(PageRun { start: PageIndex(at), len }, &mut self.lock());
                 if result.is_err() {
                     break 'all;
                 }
                 at += len;
-                // A writing vCPU may be waiting for the lock, on the core that this thread runs on.
-                std::thread::yield_now();
             }
         }
         if let Err(err) = result {

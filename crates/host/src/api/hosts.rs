@@ -87,7 +87,7 @@ pub(super) async fn list(State(daemon): Daemonic) -> Answer<HostList> {
     responses((status = 200, body = HostList), (status = "default", body = ErrorBody)))]
 pub(super) async fn init(State(daemon): Daemonic, Body(request): Body<HostInitRequest>) -> Answer<HostList> {
     joining::init(&daemon.peers, request.address.as_deref(), daemon.config.listen)?;
-    daemon.trust_is_set_up();
+    daemon.trust_is_set_up().await;
     Ok(Json(daemon.hosts().await?))
 }
 
@@ -105,7 +105,7 @@ pub(super) async fn join(State(daemon): Daemonic, Body(request): Body<JoinReques
     let ours = daemon.clone();
     to_the_end(async move {
         joining::join(&ours.peers, &request.token, request.address.as_deref(), ours.config.listen).await?;
-        ours.trust_is_set_up();
+        ours.trust_is_set_up().await;
         Ok(())
     })
     .await?;

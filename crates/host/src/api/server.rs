@@ -92,6 +92,7 @@ async fn serve_tls(daemon: &Arc<Daemon>, router: &Router) -> anyhow::Result<()> 
     daemon.trusted().await;
     let acceptor = TlsAcceptor::from(daemon.peers.files().server_config()?);
     let listener = TcpListener::bind(address).await.with_context(|| format!("Failed to listen at {address}"))?;
+    daemon.port_is_open();
     tracing::info!(%address, "listening for other hosts");
     let room = Arc::new(tokio::sync::Semaphore::new(MAX_TLS));
     loop {

@@ -42,7 +42,7 @@ struct Arguments {
     /// IP or IP:PORT for other hosts, once trust is set up (`ramet host init`). Default port: 7391.
     #[arg(long, value_parser = listen_address)]
     listen: Option<SocketAddr>,
-    /// Where guest images are. Default: images in the state directory.
+    /// Where guest images are. Default: /var/lib/ramet/images, as for `ramet image`.
     #[arg(long, env = "RAMET_IMAGE_DIR")]
     image_dir: Option<PathBuf>,
     /// Where ramet-pager and libramet_shim.so are. Default: where rametd is.
