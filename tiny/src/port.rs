@@ -33,6 +33,8 @@ impl Serial {
         out8(self.0 + 2, 7);
         out8(self.0 + 4, 0x0b);
         out8(self.0 + 1, interrupts as u8);
+        // What came before was just dropped, and QEMU held back the rest: only a read makes it look again.
+        in8(self.0);
     }
 
     pub fn send(self, byte: u8) {

@@ -22,9 +22,10 @@ pub(crate) fn all(root: &Path) -> Result<()> {
 
 /// Writes the documents that are made of programs: the OpenAPI document, and the command line's reference.
 pub(crate) fn documents(root: &Path) -> Result<()> {
-    for (file, package, program, arg) in
-        [("docs/openapi.json", "ramet-host", "rametd", "--print-openapi"), ("docs/cli.md", "ramet-cli", "ramet", "reference")]
-    {
+    for (file, package, program, arg) in [
+        ("docs/openapi.json", "ramet-host", "rametd", "--print-openapi"),
+        ("docs/cli.md", "ramet-cli", "ramet", "reference"),
+    ] {
         let text = Tool::cargo(root)
             .args(["run", "--quiet", "--package", package, "--bin", program, "--", arg])
             .output()

@@ -2,9 +2,11 @@
 //!
 //! QEMU's way is `migrate` to a file on tmpfs with its bandwidth limit lifted, and a QEMU started with `-incoming` from that
 //! file: both by an inherited descriptor, the fastest transport that it has. Ramet's way is a fork through the daemon's API,
-//! as any caller would make it. Times of Ramet's clones are those that the daemon reports, from the request on.
+//! as any caller would make it; what is compared with a restore is a clone of a checkpoint that
+//! is there, as QEMU's file is. Times of Ramet's clones are those that the daemon reports, from the request on.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -164,6 +166,7 @@ async fn remote(lab: &Lab, home: &Client, parent: &str, yardstick: &Yardstick, r
     undo(lab, &fork).await
 }
 
+/// Pauses of forks; then clones of a checkpoint that is complete: what a clone call does from its request on.
 async fn forks(
     home: &Client,
     parent: &str,
@@ -172,39 +175,86 @@ async fn forks(
     report: &mut Report,
 ) -> Result<()> {
     say("single forks on one host");
-    let (mut pauses, mut running, mut answers) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut pauses, mut running, mut ready) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..samples.forks {
         warm(home, parent, 1, "h1").await?;
         let fork = fork(home, parent, 1, &["h1"]).await?;
         let clone = fork.clones.first().context("No clone")?;
-        ensure!(clone.warm, "The pool was not ready: the numbers would be those of a QEMU's start");
         pauses.push(ms(fork.parent.pause_us));
         running.push(ms(clone.running_us));
-        answers.push(answered(clone)?);
-        undo_here(home, &fork).await?;
-    }
-    say("forks of eight on one host");
-    let (mut eight, mut eight_answered) = (Vec::new(), Vec::new());
-    for _ in 0..samples.eight {
-        warm(home, parent, 8, "h1").await?;
-        let fork = fork(home, parent, 8, &["h1"]).await?;
-        eight.push(fork.clones.iter().map(|c| ms(c.running_us)).fold(0.0, f64::max));
-        let all: Result<Vec<f64>> = fork.clones.iter().map(answered).collect();
-        eight_answered.push(all?.into_iter().fold(0.0, f64::max));
+        ready.push(ms(clone.ready_us.context("A clone was not waited for")?));
         undo_here(home, &fork).await?;
     }
     let pause = Measured::of("fork: parent's pause", "ms", pauses);
-    let one = Measured::of("fork: request to running", "ms", running);
-    let answer = Measured::of("fork: request to agent's answer", "ms", answers);
-    let eight = Measured::of("fork of eight: request to the last one running", "ms", eight);
-    let last = Measured::of("fork of eight: request to the last one's answer", "ms", eight_answered);
+    report.goals.push(Goal::at_most(
+        "parent's pause / QEMU's stop-and-copy pause",
+        pause.median / yardstick.pause_ms,
+        1.0 / 20.0,
+    ));
+    report.results.extend([
+        pause,
+        Measured::of("fork: request to clone running", "ms", running),
+        Measured::of("fork: request to clone ready (identity, entropy, clock)", "ms", ready),
+    ]);
+
+    say("single clones on one host");
+    let made = home.checkpoint(parent, &api::CheckpointRequest { note: None, wait: true }).await?;
+    let checkpoint = made.checkpoint.id.to_string();
+    let (mut running, mut answers, mut ready) = (Vec::new(), Vec::new(), Vec::new());
+    let mut phases: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for _ in 0..samples.forks {
+        let made = clones(home, parent, &checkpoint, 1).await?;
+        let clone = made.clones.first().context("No clone")?;
+        running.push(ms(clone.running_us));
+        answers.push(answered(clone)?);
+        ready.push(ms(clone.ready_us.context("A clone was not waited for")?));
+        for phase in &clone.timeline.phases {
+            phases.entry(phase.name.clone()).or_default().push(ms(phase.duration_us));
+        }
+        remove(home, &made.clones).await?;
+    }
+    say("eight clones on one host");
+    let (mut eight, mut eight_ready) = (Vec::new(), Vec::new());
+    for _ in 0..samples.eight {
+        let made = clones(home, parent, &checkpoint, 8).await?;
+        eight.push(made.clones.iter().map(|c| ms(c.running_us)).fold(0.0, f64::max));
+        eight_ready.push(made.clones.iter().filter_map(|c| c.ready_us).map(ms).fold(0.0, f64::max));
+        remove(home, &made.clones).await?;
+    }
+    remove_unless_used(home, &checkpoint).await?;
+    let one = Measured::of("clone: request to running", "ms", running);
+    let answer = Measured::of("clone: request to agent's first answer", "ms", answers);
+    let ready = Measured::of("clone: request to ready (identity, entropy, clock)", "ms", ready);
+    let eight = Measured::of("eight clones: request to the last one running", "ms", eight);
+    let last = Measured::of("eight clones: request to the last one ready", "ms", eight_ready);
     report.goals.extend([
-        Goal::at_most("parent's pause / QEMU's stop-and-copy pause", pause.median / yardstick.pause_ms, 1.0 / 20.0),
         Goal::at_most("clone to running / QEMU's restore to running", one.median / yardstick.running_ms, 1.0 / 50.0),
         Goal::at_most("clone to answer / QEMU's restore to answer", answer.median / yardstick.answered_ms, 1.0 / 8.0),
         Goal::at_most("eight clones to running / one clone", eight.median / one.median, 4.0),
     ]);
-    report.results.extend([pause, one, answer, eight, last]);
+    report.results.extend([one, answer, ready]);
+    for name in ["claim", "remap", "attach", "load", "wait", "continue", "first_answer", "identity"] {
+        if let Some(values) = phases.remove(name) {
+            report.results.push(Measured::of(format!("clone: of that, {name}"), "ms", values));
+        }
+    }
+    report.results.extend([eight, last]);
+    Ok(())
+}
+
+/// Clones of a checkpoint, with QEMUs that were ready.
+async fn clones(home: &Client, like: &str, checkpoint: &str, count: u32) -> Result<api::CloneResponse> {
+    warm(home, like, count, "h1").await?;
+    let request = api::CloneRequest { wait_agent_s: 120, ..api::CloneRequest::new(count) };
+    let made = home.clone_checkpoint(checkpoint, &request).await?;
+    ensure!(made.clones.iter().all(|c| c.warm), "The pool was not ready: the numbers would be those of a QEMU's start");
+    Ok(made)
+}
+
+async fn remove(home: &Client, clones: &[api::CloneResult]) -> Result<()> {
+    for clone in clones {
+        home.remove_vm(&clone.vm.name, true).await?;
+    }
     Ok(())
 }
 

@@ -66,7 +66,10 @@ fn images_have_errors_that_help() {
     assert!(fails(&["image", "build", "../x"]).contains("../x"));
     let listed = ramet(&["image", "ls", "--json", "--image-dir", at]).output().unwrap();
     assert_eq!(serde_json::from_slice::<Value>(&listed.stdout).unwrap(), Value::Array(Vec::new()));
-    assert!(std::fs::read_dir(dir.path()).unwrap().flatten().all(|e| e.file_name() == ".lock"), "nothing half-made stays");
+    assert!(
+        std::fs::read_dir(dir.path()).unwrap().flatten().all(|e| e.file_name() == ".lock"),
+        "nothing half-made stays"
+    );
 }
 
 #[test]

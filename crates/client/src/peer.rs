@@ -58,7 +58,7 @@ impl Client {
     /// Has a peer drop its copy of a checkpoint's image.
     ///
     /// # Errors
-    /// [`Error`]; [`ErrorCode::InUse`] names the users.
+    /// [`Error`]; `InUse` names the users.
     pub async fn peer_image_drop(&self, checkpoint: &str) -> Result<(), Error> {
         self.none(Method::DELETE, &format!("/v1/peer/images/{}", quote(checkpoint))).await
     }

@@ -10,7 +10,7 @@ use ramet_client::api::{AccelKind, DoctorReport, ErrorCode, Finding, FindingStat
 use ramet_image::ImageStore;
 use ramet_memory::ByteSize;
 use ramet_vmm::{
-    Accel, AgentPort, ExitInfo, MachineSpec, Pool, PoolConfig, VmProcess, Vmm, VmmConfig, doctor as probe,
+    Accel, AgentPort, ExitInfo, MachineSpec, Pool, PoolConfig, VmProcess, Vmm, VmmConfig, VmmError, doctor as probe,
 };
 
 use crate::{
@@ -121,12 +121,24 @@ pub async fn load_state(process: &Arc<dyn VmProcess>, state: &[u8]) -> ApiResult
     process.load_state(state).await.map_err(|e| failed("The devices could not be loaded", e))
 }
 
-/// A VMM that was started before.
-///
-/// # Errors
-/// When it is gone.
-pub async fn reattach(vmm: &Arc<dyn Vmm>, dir: &Path) -> ApiResult<Arc<dyn VmProcess>> {
-    vmm.reattach(dir).await.map(Arc::from).map_err(|e| failed("QEMU is gone", e))
+/// A VMM that was started before, once it answers.
+#[derive(Debug)]
+pub enum Reattached {
+    /// It runs, and answers.
+    Answers(Arc<dyn VmProcess>),
+    /// It runs, and does not answer: why not.
+    Silent(String),
+    /// It runs no more.
+    Gone,
+}
+
+/// Looks for a VMM that was started before, and waits at most `limit` for its answer.
+pub async fn reattach(vmm: &Arc<dyn Vmm>, dir: &Path, limit: Duration) -> Reattached {
+    match vmm.reattach(dir, limit).await {
+        Ok(process) => Reattached::Answers(Arc::from(process)),
+        Err(VmmError::Gone { .. }) => Reattached::Gone,
+        Err(err) => Reattached::Silent(format!("{:#}", anyhow::Error::from(err))),
+    }
 }
 
 /// A QEMU out of the pool.
@@ -215,7 +227,7 @@ pub async fn choose_accel(config: &Config) -> Accel {
 
 fn doctor_config(config: &Config) -> probe::DoctorConfig {
     let tiny = ImageStore::new(&config.image_dir).load("tiny").ok().map(|image| image.kernel());
-    probe::DoctorConfig { qemu: config.qemu.clone(), tiny_guest: tiny }
+    probe::DoctorConfig { qemu: config.qemu.clone(), tiny_guest: tiny, user: config.qemu_user }
 }
 
 /// What this host can do.

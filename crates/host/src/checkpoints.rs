@@ -16,10 +16,11 @@ use ramet_pager::control::{ImageReport, View};
 use crate::{
     backend,
     daemon::{Daemon, all, to_the_end},
-    error::{ApiError, ApiResult, from_peer},
+    error::{ApiError, ApiResult},
     memory,
     pagers::{Pager, PagerError},
-    state::{CheckpointRecord, VmRecord, now_unix_ms},
+    peers::ask,
+    state::{CheckpointRecord, State, VmRecord, now_unix_ms},
     stats::{Clock, us},
     vms::Running,
 };
@@ -28,6 +29,9 @@ use crate::{
 const ASK_WAIT: Duration = Duration::from_secs(3);
 /// How long the copy of another host's image stays when its last user has gone.
 const LINGER: Duration = Duration::from_secs(60);
+
+/// What helps when a pager went away.
+const AGAIN: &str = "try again: a pager that dies is followed by another";
 
 /// A checkpoint that was just taken.
 #[derive(Debug, Clone)]
@@ -50,7 +54,9 @@ pub(crate) fn pager_failed(what: &str, err: PagerError) -> ApiError {
         Some("state") => ErrorCode::WrongState,
         _ => ErrorCode::Internal,
     };
-    ApiError::new(code, format!("{what}: {err}"))
+    let away = matches!(err, PagerError::Unreachable { .. } | PagerError::Lost { .. });
+    let error = ApiError::new(code, format!("{what}: {err}"));
+    if away { error.remedy(AGAIN) } else { error }
 }
 
 impl Daemon {
@@ -72,7 +78,7 @@ impl Daemon {
         if request.wait {
             self.wait_complete(&taken.record).await?;
         }
-        let checkpoint = self.checkpoint_info(&taken.record, false).await?;
+        let checkpoint = self.info_of_taken(&taken.record).await;
         Ok(CheckpointResult { checkpoint, pause_us: taken.pause_us, timeline: taken.timeline })
     }
 
@@ -120,7 +126,7 @@ impl Daemon {
             return Err(err);
         }
         let (state, pause_us) =
-            self.pause_and_commit(&running, &pager, &mut clock).await.map_err(|e| e.context(&what))?;
+            self.pause_and_commit(&running, &pager, image, &mut clock).await.map_err(|e| e.context(&what))?;
         // The parent runs again. From here on, what fails takes the checkpoint back.
         let record = CheckpointRecord {
             id: image,
@@ -200,17 +206,27 @@ impl Daemon {
 
     /// Saves the devices, has the pager commit, lets the VM go on: between STOP and RESUME is nothing else. Whatever
     /// fails, the VM goes on.
-    async fn pause_and_commit(&self, running: &Running, pager: &Pager, clock: &mut Clock) -> ApiResult<(Vec<u8>, u64)> {
+    async fn pause_and_commit(
+        &self,
+        running: &Running,
+        pager: &Pager,
+        image: ImageId,
+        clock: &mut Clock,
+    ) -> ApiResult<(Vec<u8>, u64)> {
         running.paused.store(true, Ordering::Release);
         let result = self.pause_and_commit_inner(running, pager, clock).await;
-        if result.is_err() {
-            let _ = pager.control.checkpoint_abort(running.id).await;
-            // Does no harm to a VM that runs.
-            if let Err(err) = running.process.cont().await {
-                tracing::error!(vm = %running.id, error = %err, "a VM could not be continued after a failed checkpoint");
-            }
+        // Before the pager is told, which may be away. Does no harm to a VM that runs.
+        if result.is_err()
+            && let Err(err) = running.process.cont().await
+        {
+            tracing::error!(vm = %running.id, error = %err, "a VM could not be continued after a failed checkpoint");
         }
         running.paused.store(false, Ordering::Release);
+        if result.is_err() {
+            let _ = pager.control.checkpoint_abort(running.id).await;
+            // Had it been committed, and only the answer been lost, it is an image of nobody.
+            let _ = pager.control.image_drop(image).await;
+        }
         result
     }
 
@@ -226,7 +242,7 @@ impl Daemon {
             .control
             .checkpoint_commit(running.id)
             .await
-            .map_err(|e| pager_failed("The memory could not be fixed", e))?;
+            .map_err(|e| pager_failed("The memory could not be fixed", e).remedy(AGAIN))?;
         clock.lap("commit");
         let resumed = backend::cont(&running.process).await?;
         clock.lap("resume");
@@ -347,41 +363,20 @@ impl Daemon {
                 }
             }
         }
-        let layers = self.store.read(|s| {
-            let with = |layer: LayerId| {
-                let ours = s.checkpoints.values().filter(|c| c.origin.is_none() && c.layers.contains(&layer));
-                ours.map(|c| c.id).collect()
-            };
-            let layers = report.layers.iter();
-            layers
-                .map(|l| LayerInfo {
-                    id: l.id,
-                    pages: l.owned_pages,
-                    bytes: PageCount(l.owned_pages).size().bytes(),
-                    stored_bytes: l.stored_bytes,
-                    checkpoints: with(l.id),
-                })
-                .collect()
-        });
-        Ok(CheckpointInfo {
-            id: record.id,
-            note: record.note.clone(),
-            host: record.origin.clone().unwrap_or_else(|| self.config.name.clone()),
-            family: record.family,
-            vm: record.vm,
-            vm_name: record.vm_name.clone(),
-            base: record.base,
-            generation: record.generation,
-            image: record.image.clone(),
-            memory: record.spec.memory,
-            created_unix_ms: record.created_unix_ms,
-            state_bytes: record.state_bytes,
-            pause_us: record.pause_us,
-            complete: report.complete,
-            broken: report.broken,
-            layers,
-            users,
-        })
+        Ok(self.store.read(|s| describe(record, Some(&report), s, &self.config.name, users)))
+    }
+
+    /// The same of a checkpoint that has just been taken: that is no failure because its pager went away afterwards. What
+    /// the pager would tell is left out then.
+    pub(crate) async fn info_of_taken(&self, record: &CheckpointRecord) -> CheckpointInfo {
+        match self.checkpoint_info(record, false).await {
+            Ok(info) => info,
+            Err(err) => {
+                tracing::warn!(checkpoint = %record.id, "{err}");
+                let users = self.users_here(record);
+                self.store.read(|s| describe(record, None, s, &self.config.name, users))
+            }
+        }
     }
 
     /// Who needs an image on this host: VMs that show it, checkpoints over it.
@@ -397,22 +392,12 @@ impl Daemon {
         })
     }
 
-    async fn users_elsewhere(&self, record: &CheckpointRecord) -> Vec<(String, ApiResult<Vec<UserInfo>>)> {
+    pub(crate) async fn users_elsewhere(&self, record: &CheckpointRecord) -> Vec<(String, ApiResult<Vec<UserInfo>>)> {
         let id = record.id.to_string();
         all(record.peers.iter().map(|host| {
             let (host, id, client) = (host.clone(), id.clone(), self.peers.client(host));
             async move {
-                let answer = async {
-                    match tokio::time::timeout(ASK_WAIT, client?.peer_image(&id)).await {
-                        Ok(answer) => answer.map(|a| a.users).map_err(|e| from_peer(&host, e)),
-                        Err(_) => Err(ApiError::new(
-                            ErrorCode::HostUnreachable,
-                            format!("Host '{host}' did not answer within {} s", ASK_WAIT.as_secs()),
-                        )
-                        .remedy("see `ramet host ls`")),
-                    }
-                };
-                let answer = answer.await;
+                let answer = async { Ok(ask(&host, ASK_WAIT, client?.peer_image(&id)).await?.users) }.await;
                 (host, answer)
             }
         }))
@@ -434,29 +419,32 @@ impl Daemon {
                 e.context(format!("Host '{host}' may have clones of checkpoint {}", record.id.short()))
             })?);
         }
-        if !users.is_empty() {
-            let named: Vec<_> = users.iter().map(|u| format!("{} '{}' on {}", u.kind, u.name, u.host)).collect();
-            return Err(ApiError::new(
-                ErrorCode::InUse,
-                format!("Checkpoint {} is in use by {}", record.id.short(), named.join(", ")),
-            )
-            .remedy("remove these first: `ramet rm --force VM`, `ramet checkpoint rm ID`"));
-        }
+        refuse_users(&record, &users)?;
         let daemon = self.clone();
-        to_the_end(async move { daemon.drop_checkpoint(&record).await }).await
+        to_the_end(async move {
+            let parent = daemon.running(record.vm);
+            let _busy = busy(parent.as_ref()).await;
+            // Whoever held the VM may have removed it, or taken the next one over it.
+            let record = daemon.find_checkpoint(&record.id.to_string())?;
+            refuse_users(&record, &daemon.users_here(&record))?;
+            daemon.drop_unlocked(&record).await
+        })
+        .await
     }
 
-    /// Removes a checkpoint, here and where copies of it are.
+    /// Removes a checkpoint, here and where copies of it are, once no other one is being taken of its VM.
     pub(crate) async fn drop_checkpoint(self: &Arc<Self>, record: &CheckpointRecord) -> ApiResult<()> {
+        let parent = self.running(record.vm);
+        let _busy = busy(parent.as_ref()).await;
+        self.drop_unlocked(record).await
+    }
+
+    /// The same while the caller holds the VM.
+    async fn drop_unlocked(self: &Arc<Self>, record: &CheckpointRecord) -> ApiResult<()> {
         let id = record.id.to_string();
         let dropped = all(record.peers.iter().map(|host| {
             let (host, id, client) = (host.clone(), id.clone(), self.peers.client(host));
-            async move {
-                match tokio::time::timeout(ASK_WAIT, client?.peer_image_drop(&id)).await {
-                    Ok(done) => done.map_err(|e| from_peer(&host, e)),
-                    Err(_) => Err(ApiError::new(ErrorCode::HostUnreachable, format!("Host '{host}' does not answer"))),
-                }
-            }
+            async move { ask(&host, ASK_WAIT, client?.peer_image_drop(&id)).await }
         }))
         .await;
         for result in dropped {
@@ -518,10 +506,70 @@ impl Daemon {
             return Err(ApiError::new(
                 ErrorCode::InUse,
                 format!("Checkpoint {} is in use by {} '{}' on {}", image.short(), user.kind, user.name, user.host),
-            )
-            .remedy("remove it first"));
+            ));
         }
         self.drop_checkpoint(&record).await
+    }
+}
+
+/// Holds a VM that runs.
+pub(crate) async fn busy(running: Option<&Arc<Running>>) -> Option<tokio::sync::MutexGuard<'_, ()>> {
+    match running {
+        Some(running) => Some(running.busy.lock().await),
+        None => None,
+    }
+}
+
+/// Refuses to remove a checkpoint that is needed.
+fn refuse_users(record: &CheckpointRecord, users: &[UserInfo]) -> ApiResult<()> {
+    if users.is_empty() {
+        return Ok(());
+    }
+    let named: Vec<_> = users.iter().map(|u| format!("{} '{}' on {}", u.kind, u.name, u.host)).collect();
+    Err(ApiError::new(ErrorCode::InUse, format!("Checkpoint {} is in use by {}", record.id.short(), named.join(", ")))
+        .remedy("remove these first: `ramet rm --force VM`, `ramet checkpoint rm ID`"))
+}
+
+/// A checkpoint as the API tells of it. Without a pager's report it is what is on record.
+fn describe(
+    record: &CheckpointRecord,
+    report: Option<&ImageReport>,
+    state: &State,
+    this_host: &str,
+    users: Vec<UserInfo>,
+) -> CheckpointInfo {
+    let layer = |id: LayerId, pages: u64, stored_bytes: u64| {
+        let ours = state.checkpoints.values().filter(|c| c.origin.is_none() && c.layers.contains(&id));
+        LayerInfo {
+            id,
+            pages,
+            bytes: PageCount(pages).size().bytes(),
+            stored_bytes,
+            checkpoints: ours.map(|c| c.id).collect(),
+        }
+    };
+    let layers = match report {
+        Some(report) => report.layers.iter().map(|l| layer(l.id, l.owned_pages, l.stored_bytes)).collect(),
+        None => record.layers.iter().map(|&id| layer(id, 0, 0)).collect(),
+    };
+    CheckpointInfo {
+        id: record.id,
+        note: record.note.clone(),
+        host: record.origin.clone().unwrap_or_else(|| this_host.to_owned()),
+        family: record.family,
+        vm: record.vm,
+        vm_name: record.vm_name.clone(),
+        base: record.base,
+        generation: record.generation,
+        image: record.image.clone(),
+        memory: record.spec.memory,
+        created_unix_ms: record.created_unix_ms,
+        state_bytes: record.state_bytes,
+        pause_us: record.pause_us,
+        complete: report.is_some_and(|r| r.complete),
+        broken: report.and_then(|r| r.broken.clone()),
+        layers,
+        users,
     }
 }
 
@@ -529,8 +577,35 @@ fn not_running(vm: &VmRecord) -> ApiError {
     let state = match vm.state {
         VmState::Starting => "is being started",
         VmState::Crashed => "has crashed",
+        // Its record says so, and no process is known: see `Daemon::recover`.
+        VmState::Running => "does not answer",
         _ => "is stopped",
     };
     ApiError::new(ErrorCode::WrongState, format!("VM '{}' {state}: it can't be checkpointed", vm.name))
-        .remedy("`ramet ps` shows what runs")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::tests::checkpoint;
+
+    #[test]
+    fn a_checkpoint_can_be_told_of_while_its_pager_is_away() {
+        let mut state = State::default();
+        let record = CheckpointRecord { state_bytes: 7, pause_us: 9, ..checkpoint(&[1, 2]) };
+        state.checkpoints.insert(record.id, record.clone());
+        let info = describe(&record, None, &state, "h1", Vec::new());
+        assert_eq!((info.id, info.host.as_str(), info.state_bytes, info.pause_us), (record.id, "h1", 7, 9));
+        assert_eq!(info.layers.iter().map(|l| l.id).collect::<Vec<_>>(), record.layers);
+        assert_eq!(info.layers[0].checkpoints, [record.id]);
+        assert!(!info.complete && info.broken.is_none(), "not known");
+    }
+
+    #[test]
+    fn a_pager_that_went_away_is_worth_another_try() {
+        let lost = PagerError::Lost { path: "/p".into(), message: "gone".into() };
+        let err = pager_failed("The memory could not be fixed", lost);
+        assert_eq!(err.code(), ErrorCode::Internal);
+        assert!(err.to_string().contains("try again"), "{err}");
+    }
 }

@@ -136,8 +136,7 @@ impl Daemon {
         match forked.await {
             Ok((taken, clones)) => {
                 undo.commit();
-                let checkpoint =
-                    self.checkpoint_info(&CheckpointRecord { pending: false, ..taken.record }, false).await?;
+                let checkpoint = self.info_of_taken(&CheckpointRecord { pending: false, ..taken.record }).await;
                 let parent = ramet_client::api::CheckpointResult {
                     checkpoint,
                     pause_us: taken.pause_us,
@@ -292,6 +291,9 @@ impl Daemon {
             self.stats.record("clone_running", clone.running_us);
             if let Some(answered) = clone.answered_us {
                 self.stats.record("clone_answered", answered);
+            }
+            if let Some(ready) = clone.ready_us {
+                self.stats.record("clone_ready", ready);
             }
             // As it is now: committed.
             if clone.vm.host == self.config.name

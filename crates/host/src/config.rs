@@ -12,8 +12,7 @@ use ramet_memory::ByteSize;
 
 /// Longest state directory: the paths of Unix sockets below it must stay under the kernel's 108 bytes.
 const MAX_STATE_DIR: usize = 50;
-/// The unprivileged user that QEMU runs as, unless told otherwise: the one that Debian reserves for it.
-pub const QEMU_UID: u32 = 64055;
+pub use ramet_vmm::QEMU_UID;
 
 /// How a daemon runs. Everything below [`Config::state_dir`] is the daemon's own.
 #[derive(Debug, Clone)]

@@ -144,10 +144,8 @@ pub fn from_peer(host: &str, err: ramet_client::Error) -> ApiError {
         ramet_client::Error::Api(body) => ApiError(body).context(format!("host '{host}'")),
         ramet_client::Error::Answer { .. } => {
             ApiError::new(ErrorCode::VersionMismatch, format!("Host '{host}' does not speak this version: {err}"))
-                .remedy("run the same ramet release on both hosts")
         }
-        err => ApiError::new(ErrorCode::HostUnreachable, format!("Can't reach host '{host}': {err}"))
-            .remedy("see `ramet host ls`; is rametd running there, and the network up?"),
+        err => ApiError::new(ErrorCode::HostUnreachable, format!("Can't reach host '{host}': {err}")),
     }
 }
 

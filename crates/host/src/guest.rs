@@ -7,7 +7,7 @@ use std::{
 };
 
 use ramet_client::{
-    api::{ErrorCode, GuestTime, PingReply},
+    api::{ErrorCode, GuestTime, PingReply, VmState},
     exec::{self, ExecRequest, Kind},
 };
 use ramet_guest::{
@@ -80,6 +80,10 @@ impl Daemon {
         let vm = self.find_vm(wanted)?;
         match self.running(vm.id) {
             Some(running) => Ok((vm, running)),
+            None if vm.state == VmState::Running => {
+                Err(ApiError::new(ErrorCode::WrongState, format!("The QEMU of VM '{}' does not answer", vm.name))
+                    .remedy("`ramet ps` shows why; `ramet rm --force` ends it all the same"))
+            }
             None => Err(ApiError::new(ErrorCode::WrongState, format!("VM '{}' does not run", vm.name))
                 .remedy("`ramet ps` shows what runs, and why others do not")),
         }

@@ -90,14 +90,14 @@ impl Daemon {
             .into_iter()
             .map(|vm| {
                 let daemon = self.clone();
-                async move { daemon.discard(vm).await }
+                async move { daemon.end_vm(vm).await }
             })
             .collect();
+        // Dropping the connections ends the leases on the other hosts.
+        drop(remote);
         tasks.join_all().await;
         // Clones that hang on this lease until another host commits its fork.
         self.drop_starting(lease).await;
-        // Dropping the connections ends the leases on the other hosts.
-        drop(remote);
     }
 }
 

@@ -14,6 +14,7 @@
 //! | [`peers`] | other hosts: certificates, joining, passing requests on |
 //! | [`state`], [`recover`] | what is remembered over a restart, and what is done with it |
 //! | [`stats`], [`metrics`] | timelines, histograms, counters, Prometheus text |
+//! | [`logs`] | logs of guests, QEMUs and pagers, kept short |
 //! | [`backend`] | how QEMU and guest images are used: the only module that knows `ramet_vmm` in detail |
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -28,6 +29,7 @@ pub mod error;
 pub mod guest;
 pub mod leases;
 pub mod local;
+pub mod logs;
 pub mod memory;
 pub mod metrics;
 pub mod names;

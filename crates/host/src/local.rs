@@ -6,8 +6,10 @@ use std::{
 };
 
 use ramet_client::api::{CloneResult, ErrorCode, Timeline, VmInfo};
+use ramet_guest::host::AgentClient;
 use ramet_memory::VmId;
 use ramet_pager::control::View;
+use tokio::net::UnixStream;
 
 use crate::{
     backend,
@@ -32,14 +34,15 @@ pub(crate) struct LocalClone {
     pub(crate) vm: VmInfo,
     pub(crate) running_us: u64,
     pub(crate) answered_us: Option<u64>,
+    pub(crate) ready_us: Option<u64>,
     pub(crate) warm: bool,
     pub(crate) timeline: Timeline,
 }
 
 impl LocalClone {
     pub(crate) fn into_result(self) -> CloneResult {
-        let Self { vm, running_us, answered_us, warm, timeline } = self;
-        CloneResult { vm, running_us, answered_us, warm, timeline }
+        let Self { vm, running_us, answered_us, ready_us, warm, timeline } = self;
+        CloneResult { vm, running_us, answered_us, ready_us, warm, timeline }
     }
 }
 
@@ -47,6 +50,8 @@ impl LocalClone {
 struct Loaded {
     clone: NewClone,
     running: Arc<Running>,
+    /// Connected to the agent's port, which nobody serves yet.
+    agent: Option<UnixStream>,
     warm: bool,
     clock: Clock,
 }
@@ -105,35 +110,52 @@ impl Daemon {
             vm.dir = claimed.dir;
             ApiResult::Ok(vm.clone())
         })?;
+        // Before the devices are loaded: the guest then finds its host connected, as it was in the parent.
+        let agent = UnixStream::connect(running.process.agent_socket()).await.ok();
         clock.lap("claim");
         let attached = self.attach(&running, &vm, pager, View::Image(record.id)).await?;
         clock.part("remap", attached.remap_us);
         clock.lap("attach");
         backend::load_state(&running.process, state).await?;
         clock.lap("load");
-        Ok(Loaded { clone, running, warm: claimed.warm, clock })
+        Ok(Loaded { clone, running, agent, warm: claimed.warm, clock })
     }
 
     async fn go_on(self: &Arc<Self>, loaded: Loaded, wait_agent: Duration, begin: Instant) -> ApiResult<LocalClone> {
-        let Loaded { clone, running, warm, mut clock } = loaded;
+        let Loaded { clone, running, agent, warm, mut clock } = loaded;
         let context = format!("Clone '{}'", clone.name);
         clock.lap("wait");
+        // The first question waits in the port when the CPUs start.
+        let hello = agent
+            .filter(|_| !wait_agent.is_zero())
+            .map(|socket| tokio::spawn(async move { AgentClient::over(socket, wait_agent).await }));
         backend::cont(&running.process).await.map_err(|e| e.context(&context))?;
         clock.lap("continue");
         let running_us = us(begin.elapsed());
-        let mut answered_us = None;
+        let (mut answered_us, mut ready_us) = (None, None);
         if wait_agent.is_zero() {
             let (daemon, running) = (self.clone(), running.clone());
             tokio::spawn(async move { daemon.greet(&running, Duration::from_secs(60)).await });
         } else {
-            self.introduce(&running, wait_agent).await.map_err(|e| e.context(&context))?;
+            // Where this connection fails the next step makes another.
+            if let Some(Ok(Ok(client))) = match hello {
+                Some(hello) => Some(hello.await),
+                None => None,
+            } {
+                *running.agent.lock().await = Some(Arc::new(client));
+            }
+            let silent = |e: ApiError| e.context(&context);
+            self.agent(&running, &clone.name, wait_agent).await.map_err(silent)?;
             clock.lap("first_answer");
             answered_us = Some(us(begin.elapsed()));
+            self.introduce(&running, wait_agent).await.map_err(silent)?;
+            clock.lap("identity");
+            ready_us = Some(us(begin.elapsed()));
         }
         let timeline = self.keep_timeline(&running, "clone", clock);
         let record = self.store.read(|s| s.vms.get(&clone.id).cloned());
         let record = record.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("{context} was removed")))?;
-        Ok(LocalClone { vm: self.info_of(&record, None), running_us, answered_us, warm, timeline })
+        Ok(LocalClone { vm: self.info_of(&record, None), running_us, answered_us, ready_us, warm, timeline })
     }
 }
 

@@ -57,8 +57,7 @@ impl HostMemory {
         Err(ApiError::new(
             ErrorCode::NoMemory,
             format!("No memory left for {what}: {needed} needed, {usable} available on this host"),
-        )
-        .remedy("give it less memory, remove VMs (`ramet ps`), or use another host"))
+        ))
     }
 }
 

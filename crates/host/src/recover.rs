@@ -1,16 +1,48 @@
 //! After a restart: finding again what runs, undoing what is half-made, reporting what has died.
 
-use std::{collections::BTreeSet, fs, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use ramet_client::api::VmState;
+use ramet_client::api::{UserInfo, VmInfo, VmState};
 use ramet_memory::FamilyId;
+use ramet_vmm::VmProcess;
 
 use crate::{
-    backend,
+    backend::{self, Reattached},
     daemon::{Daemon, Ending, all},
     pagers::Control,
-    state::VmRecord,
+    state::{CheckpointRecord, VmRecord},
 };
+
+/// How long a QEMU may take to answer until the daemon serves without it.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How long one of these is waited for, at a time.
+const LATER: Duration = Duration::from_secs(86_400);
+/// How long other hosts may take to say, or to decide, whether they need the checkpoint of a fork that was not finished.
+const UNDECIDED: Duration = Duration::from_secs(30);
+
+/// What other hosts need of a checkpoint.
+enum Need {
+    /// Nothing.
+    None,
+    /// This clone stays.
+    Committed(String),
+    /// Not known yet: why.
+    Unknown(String),
+}
+
+/// A user that is no clone in the making.
+fn committed<'a>(users: &'a [UserInfo], vms: &[VmInfo]) -> Option<&'a str> {
+    let starting = |user: &UserInfo| {
+        user.kind == "vm" && vms.iter().any(|vm| vm.name == user.name && vm.state == VmState::Starting)
+    };
+    users.iter().find(|user| !starting(user)).map(|user| user.name.as_str())
+}
 
 impl Daemon {
     /// Takes over what the daemon before this one left, and cleans up after it.
@@ -46,39 +78,88 @@ impl Daemon {
         if self.peers.files().trusted() {
             crate::peers::join::catch_up(&self.peers);
         }
+        tokio::spawn(crate::logs::keep_short(self.config.clone()));
     }
 
     async fn recover_vm(self: &Arc<Self>, vm: VmRecord) {
-        let half_made = vm.state == VmState::Starting;
-        let process = backend::reattach(&self.vmm, &vm.dir).await;
-        let running = match process {
-            Ok(process) => Some(self.adopt(vm.id, process)),
-            Err(err) => {
-                tracing::warn!(vm = %vm.id, name = vm.name, error = %err, "VM is gone");
-                None
-            }
-        };
-        if half_made || vm.lease.is_some() {
-            // Its maker, or the caller that it was to live with, is gone with the daemon before.
+        // Its maker, or the caller that it was to live with, is gone with the daemon before.
+        if vm.state == VmState::Starting {
             self.discard(vm.id).await;
             return;
         }
-        let Some(running) = running else {
-            self.stats.count("vm_crashes");
-            self.mark_dead(vm.id, VmState::Crashed, Some("its QEMU died while rametd was away".to_owned()));
-            self.release(vm.id).await;
+        if vm.lease.is_some() {
+            self.end_vm(vm.id).await;
             return;
-        };
-        // The daemon before may have died in the middle of a checkpoint: the parent runs on.
+        }
+        // The daemon before may have died in the middle of a checkpoint.
         if let Some(pager) = self.pagers.get(vm.family) {
             let _ = pager.control.checkpoint_abort(vm.id).await;
         }
+        match backend::reattach(&self.vmm, &vm.dir, ANSWER).await {
+            Reattached::Answers(process) => {
+                self.found(&vm, process).await;
+                self.arm_ttl(vm.id);
+            }
+            Reattached::Gone => self.lost(&vm).await,
+            Reattached::Silent(why) => {
+                tracing::warn!(vm = %vm.id, name = vm.name, why, "the VM does not answer; it is waited for");
+                self.store.amend(|s| {
+                    if let Some(vm) = s.vms.get_mut(&vm.id) {
+                        vm.reason = Some("its QEMU does not answer rametd, which goes on asking".to_owned());
+                    }
+                });
+                self.arm_ttl(vm.id);
+                let daemon = self.clone();
+                tokio::spawn(async move { daemon.await_answer(vm).await });
+            }
+        }
+    }
+
+    /// Waits until a QEMU answers, dies, or is removed. It may wait for a page of another host for days.
+    async fn await_answer(self: &Arc<Self>, vm: VmRecord) {
+        loop {
+            let found = backend::reattach(&self.vmm, &vm.dir, LATER).await;
+            if !self.store.read(|s| s.vms.get(&vm.id).is_some_and(VmRecord::alive)) {
+                return;
+            }
+            match found {
+                Reattached::Answers(process) => return self.found(&vm, process).await,
+                Reattached::Gone => return self.lost(&vm).await,
+                Reattached::Silent(why) => tracing::warn!(vm = %vm.id, name = vm.name, why, "the VM does not answer"),
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
+    /// A VM runs, and answers.
+    async fn found(self: &Arc<Self>, vm: &VmRecord, process: Arc<dyn VmProcess>) {
+        let running = self.adopt(vm.id, process);
+        let mut alive = false;
+        self.store.amend(|s| {
+            if let Some(vm) = s.vms.get_mut(&vm.id).filter(|vm| vm.alive()) {
+                vm.reason = None;
+                alive = true;
+            }
+        });
+        if !alive {
+            // Removed a moment ago.
+            self.release(vm.id).await;
+            return;
+        }
+        // In the middle of a checkpoint it stood still.
         if let Err(err) = running.process.cont().await {
             tracing::warn!(vm = %vm.id, error = %err, "a VM could not be continued");
         }
         tracing::info!(vm = %vm.id, name = vm.name, pid = running.process.pid(), "found the VM again");
-        self.arm_ttl(vm.id);
         self.warm_pool(&vm.spec);
+    }
+
+    /// A VM has died while no daemon looked.
+    async fn lost(self: &Arc<Self>, vm: &VmRecord) {
+        tracing::warn!(vm = %vm.id, name = vm.name, "VM is gone");
+        self.stats.count("vm_crashes");
+        self.mark_dead(vm.id, VmState::Crashed, Some("its QEMU died while rametd was away".to_owned()));
+        self.release(vm.id).await;
     }
 
     /// Checkpoints of forks that did not succeed go; so do those whose pages are gone (the machine was restarted), and
@@ -97,7 +178,10 @@ impl Daemon {
                 },
                 Err(_) => true,
             };
-            if !there || record.pending {
+            if there && record.pending && !record.peers.is_empty() {
+                let daemon = self.clone();
+                tokio::spawn(async move { daemon.settle_pending(record).await });
+            } else if !there || record.pending {
                 tracing::warn!(checkpoint = %record.id, there, "removing a checkpoint that is half-made or lost");
                 if let Err(err) = self.drop_checkpoint(&record).await {
                     tracing::error!("{err}");
@@ -116,11 +200,64 @@ impl Daemon {
                 }
             }
             for vm in report.vms {
-                if self.running(vm.vm).is_none() {
+                // One that does not answer needs its memory all the same.
+                if !self.store.read(|s| s.vms.get(&vm.vm).is_some_and(VmRecord::alive)) {
                     let _ = pager.control.detach(vm.vm).await;
                 }
             }
         }
+    }
+
+    /// Decides on the checkpoint of a fork in the middle of which the daemon before died. Other hosts may have been told to
+    /// commit their clones: then it stays, as a checkpoint like others. So it does when they can't be asked for long.
+    async fn settle_pending(self: &Arc<Self>, record: CheckpointRecord) {
+        let deadline = Instant::now() + UNDECIDED;
+        let why = loop {
+            let why = match self.need_elsewhere(&record).await {
+                Need::Committed(user) => break format!("'{user}' is a clone of it"),
+                Need::Unknown(why) => why,
+                Need::None => match self.drop_checkpoint(&record).await {
+                    Ok(()) => {
+                        tracing::warn!(checkpoint = %record.id, "removed the checkpoint of a fork that was not finished");
+                        return;
+                    }
+                    Err(err) => err.to_string(),
+                },
+            };
+            if Instant::now() > deadline {
+                break why;
+            }
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        };
+        tracing::warn!(checkpoint = %record.id, "a fork was not finished, but its checkpoint is kept: {why}");
+        self.store.amend(|s| {
+            if let Some(checkpoint) = s.checkpoints.get_mut(&record.id) {
+                checkpoint.pending = false;
+            }
+        });
+    }
+
+    /// Whether other hosts have clones of a checkpoint that stay.
+    async fn need_elsewhere(&self, record: &CheckpointRecord) -> Need {
+        let mut need = Need::None;
+        for (host, answer) in self.users_elsewhere(record).await {
+            let users = match answer {
+                Ok(users) if users.is_empty() => continue,
+                Ok(users) => users,
+                Err(err) => {
+                    need = Need::Unknown(err.to_string());
+                    continue;
+                }
+            };
+            match self.vms_of(&host).await {
+                Ok(vms) => match committed(&users, &vms) {
+                    Some(user) => return Need::Committed(user.to_owned()),
+                    None => need = Need::Unknown(format!("host '{host}' has not yet removed its clones of it")),
+                },
+                Err(err) => need = Need::Unknown(err.to_string()),
+            }
+        }
+        need
     }
 
     /// Directories of VMs and families that are on no record, with the processes that may still be there.
@@ -131,8 +268,8 @@ impl Daemon {
         for path in entries(&self.config.vms()).into_iter().chain(entries(&self.config.pool_dir())) {
             if !dirs.contains(&path) {
                 tracing::warn!(dir = %path.display(), "removing what is left of a VM");
-                if let Ok(process) = backend::reattach(&self.vmm, &path).await {
-                    let _ = process.kill().await;
+                if let Err(err) = self.vmm.kill(&path).await {
+                    tracing::error!(dir = %path.display(), error = %err, "QEMU could not be ended");
                 }
                 let _ = fs::remove_dir_all(&path);
             }
@@ -176,4 +313,28 @@ impl Daemon {
 
 fn entries(dir: &Path) -> Vec<std::path::PathBuf> {
     fs::read_dir(dir).map(|d| d.filter_map(Result::ok).map(|e| e.path()).collect()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clone_in_the_making_does_not_keep_a_checkpoint_and_others_do() {
+        let user = |kind: &str, name: &str| UserInfo { kind: kind.into(), name: name.into(), host: "h2".into() };
+        let vm = |name: &str, state: &str| -> VmInfo {
+            serde_json::from_value(serde_json::json!({
+                "id": "00000000000000000000000000000001", "name": name, "host": "h2", "state": state, "image": "i",
+                "guest": "linux", "memory": 1, "cpus": 1, "accel": "tcg", "machine": "pc",
+                "family": "00000000000000000000000000000002", "clone_number": 1, "generation": 1,
+                "created_unix_ms": 1, "agent": true
+            }))
+            .unwrap()
+        };
+        let vms = [vm("a", "starting"), vm("b", "stalled")];
+        assert_eq!(committed(&[user("vm", "a")], &vms), None);
+        assert_eq!(committed(&[user("vm", "a"), user("vm", "b")], &vms), Some("b"));
+        assert_eq!(committed(&[user("checkpoint", "a")], &vms), Some("a"));
+        assert_eq!(committed(&[], &vms), None);
+    }
 }

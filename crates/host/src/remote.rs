@@ -44,6 +44,7 @@ pub(crate) fn shift(mut clone: CloneResult, before_us: u64, way_us: u64) -> Clon
     clone.timeline.total_us += offset;
     clone.running_us += offset;
     clone.answered_us = clone.answered_us.map(|us| us + offset);
+    clone.ready_us = clone.ready_us.map(|us| us + offset);
     clone
 }
 
@@ -165,7 +166,6 @@ impl Daemon {
         check_ttl(request.ttl_s)?;
         let spec: MachineSpec = serde_json::from_slice(&descriptor.spec_json).map_err(|e| {
             ApiError::new(ErrorCode::VersionMismatch, format!("The checkpoint's machine is not understood: {e}"))
-                .remedy("run the same ramet release on both hosts")
         })?;
         let own = self.accel().await;
         if backend::accel_kind(spec.accel) != backend::accel_kind(own) && spec.accel == ramet_vmm::Accel::Kvm {
@@ -441,6 +441,7 @@ mod tests {
             vm: serde_json::from_value(vm).unwrap(),
             running_us: 300,
             answered_us: Some(900),
+            ready_us: None,
             warm: true,
             timeline: ramet_client::api::Timeline { phases: vec![phase("import", 0, 100)], total_us: 900 },
         };

@@ -37,7 +37,7 @@ pub struct VmRecord {
     pub name: String,
     /// Never `Stalled` or `Paused`: these are found out when asked for. `Starting`: half-made, undone at the next start.
     pub state: VmState,
-    /// Why it stopped or crashed.
+    /// Why it stopped or crashed; of one that runs: why it does not answer.
     #[serde(default)]
     pub reason: Option<String>,
     /// Guest image of its root VM.

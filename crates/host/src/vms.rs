@@ -21,10 +21,12 @@ use ramet_vmm::{Boot, VmProcess};
 
 use crate::{
     backend,
+    checkpoints::busy,
     daemon::{Daemon, all, to_the_end, within},
     error::{ApiError, ApiResult},
     memory::needed_by_root,
     names::{check_vm_name, default_clone_name, shown},
+    peers::ask,
     state::{VmRecord, now_unix_ms},
     stats::{Clock, lock},
 };
@@ -42,7 +44,7 @@ pub struct Running {
     pub id: VmId,
     /// Its VMM.
     pub process: Arc<dyn VmProcess>,
-    /// Held by whoever checkpoints or stops it.
+    /// Held by whoever checkpoints or stops it, or removes a checkpoint of it: the next one may be taken over that.
     pub busy: tokio::sync::Mutex<()>,
     pub(crate) agent: tokio::sync::Mutex<Option<Arc<AgentClient>>>,
     pub(crate) console: Arc<AtomicBool>,
@@ -119,7 +121,7 @@ impl Daemon {
         if let Some(lease) = &request.lease
             && !self.leases.is_open(lease)
         {
-            self.discard(id).await;
+            self.end_vm(id).await;
             return Err(ApiError::new(ErrorCode::NotFound, "The lease has ended, and the VM with it"));
         }
         tracing::info!(vm = %id, name, "booted");
@@ -279,6 +281,12 @@ impl Daemon {
         }
         let record = self.store.read(|s| s.vms.get(&id).cloned());
         let Some(record) = record else { return };
+        // One that does not answer since this daemon was started is none of `running`.
+        if record.dir.starts_with(&self.config.state_dir)
+            && let Err(err) = self.vmm.kill(&record.dir).await
+        {
+            tracing::error!(vm = %id, error = %err, "QEMU could not be ended");
+        }
         // Also when it is not on record as attached: a daemon may have died in between.
         if let Some(pager) = self.pagers.get(record.family)
             && let Err(err) = pager.control.detach(id).await
@@ -305,8 +313,8 @@ impl Daemon {
         }
     }
 
-    /// Ends a VM and forgets it.
-    pub async fn discard(self: &Arc<Self>, id: VmId) {
+    /// Ends a VM that nothing depends on, such as a half-made one, and forgets it. [`Daemon::end_vm`] is for others.
+    pub(crate) async fn discard(self: &Arc<Self>, id: VmId) {
         let Some(family) = self.store.read(|s| s.vms.get(&id).map(|vm| vm.family)) else { return };
         self.release(id).await;
         self.store.amend(|s| {
@@ -324,7 +332,7 @@ impl Daemon {
             tokio::time::sleep(Duration::from_millis(expires.saturating_sub(now_unix_ms()))).await;
             if end(&daemon) == Some(expires) {
                 tracing::info!(vm = %id, "time to live has ended");
-                daemon.discard(id).await;
+                daemon.end_vm(id).await;
             }
         });
     }
@@ -347,15 +355,28 @@ impl Daemon {
     }
 
     async fn halt(self: &Arc<Self>, id: VmId, grace: Duration) {
-        let Some(running) = self.running(id) else { return };
-        let _busy = running.busy.lock().await;
+        let running = self.running(id);
+        let _busy = busy(running.as_ref()).await;
+        // Without a process it is ended or half-made, or it does not answer since this daemon was started.
+        let state = self.store.read(|s| s.vms.get(&id).filter(|vm| vm.alive()).map(|vm| vm.state));
+        if state.is_none() || (running.is_none() && state != Some(VmState::Running)) {
+            return;
+        }
         self.settle_checkpoints(id).await;
-        running.ending.store(true, Ordering::Release);
-        if !grace.is_zero() {
-            self.ask_to_shut_down(&running, grace).await;
+        if let Some(running) = &running {
+            running.ending.store(true, Ordering::Release);
+            if !grace.is_zero() {
+                self.ask_to_shut_down(running, grace).await;
+            }
         }
         self.mark_dead(id, VmState::Stopped, None);
         self.release(id).await;
+    }
+
+    /// Ends a VM at once and forgets it. Its checkpoints, which others may need, have all their pages first.
+    pub(crate) async fn end_vm(self: &Arc<Self>, id: VmId) {
+        self.halt(id, Duration::ZERO).await;
+        self.discard(id).await;
     }
 
     /// Removes a VM.
@@ -370,8 +391,7 @@ impl Daemon {
         }
         let daemon = self.clone();
         to_the_end(async move {
-            daemon.halt(vm.id, Duration::ZERO).await;
-            daemon.discard(vm.id).await;
+            daemon.end_vm(vm.id).await;
             Ok(())
         })
         .await
@@ -408,13 +428,7 @@ impl Daemon {
     /// When it is unknown or does not answer.
     pub(crate) async fn vms_of(&self, host: &str) -> ApiResult<Vec<VmInfo>> {
         let client = self.peers.client(host)?;
-        match tokio::time::timeout(LIST_WAIT, client.vms(false)).await {
-            Ok(answer) => Ok(answer.map_err(|e| crate::error::from_peer(host, e))?.vms),
-            Err(_) => Err(ApiError::new(
-                ErrorCode::HostUnreachable,
-                format!("Host '{host}' did not answer within {} s", LIST_WAIT.as_secs()),
-            )),
-        }
+        Ok(ask(host, LIST_WAIT, client.vms(false)).await?.vms)
     }
 
     async fn vm_infos(&self) -> Vec<VmInfo> {
@@ -470,6 +484,8 @@ impl Daemon {
         let paused = running.as_ref().is_some_and(|r| r.paused.load(Ordering::Acquire));
         let (state, state_reason) = match (vm.state, stalled) {
             (VmState::Running, Some(reason)) if vm.attached => (VmState::Stalled, Some(reason)),
+            // A daemon before this one started it.
+            (VmState::Running, _) if running.is_none() => (VmState::Stalled, vm.reason.clone()),
             (VmState::Running, _) if paused => (VmState::Paused, Some("a checkpoint is being taken".to_owned())),
             (state, _) => (state, vm.reason.clone()),
         };

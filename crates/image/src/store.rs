@@ -256,7 +256,12 @@ impl ImageStore {
         let json = serde_json::to_vec_pretty(&manifest)
             .map_err(|error| ImageError::Failed { what: "write the manifest".into(), reason: error.to_string() })?;
         fs::write(&path, json).named("write", &path)?;
+        // QEMU runs as another user.
         fs::set_permissions(work.path(), fs::Permissions::from_mode(0o755)).named("open up", work.path())?;
+        for record in std::iter::once(&manifest.kernel).chain(&manifest.initrd) {
+            let path = work.path().join(&record.file);
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).named("open up", &path)?;
+        }
         let dir = self.dir.join(&manifest.name);
         let cwd = rustix::fs::CWD;
         let exchange = rustix::fs::RenameFlags::EXCHANGE;

@@ -97,7 +97,8 @@ async fn memory_limits_and_depth_are_kept() {
     let (code, text) = refused(host.run(&huge).await);
     assert_eq!(code, ErrorCode::NoMemory, "{text}");
     assert!(text.contains("huge") && text.contains("16."), "{text}");
-    let (code, text) = refused(host.run(&api::RunRequest { memory: ByteSize::mib(64 << 20), ..tiny_request("more") }).await);
+    let (code, text) =
+        refused(host.run(&api::RunRequest { memory: ByteSize::mib(64 << 20), ..tiny_request("more") }).await);
     assert_eq!(code, ErrorCode::LimitReached, "{text}");
     for odd in [ByteSize(0), ByteSize(12_345)] {
         let (code, _) = refused(host.run(&api::RunRequest { memory: odd, ..tiny_request("odd") }).await);
@@ -127,7 +128,8 @@ async fn images_that_are_missing_or_cut_short_are_refused() {
         }
     }
     let json = images.path().join("cut/image.json");
-    std::fs::write(&json, std::fs::read_to_string(&json).unwrap().replace("\"name\": \"tiny\"", "\"name\": \"cut\"")).unwrap();
+    std::fs::write(&json, std::fs::read_to_string(&json).unwrap().replace("\"name\": \"tiny\"", "\"name\": \"cut\""))
+        .unwrap();
     options.image_dir = images.path().to_owned();
     let lab = ramet_lab::Lab::up(&options).await.unwrap();
     let host = lab.client(1);

@@ -17,10 +17,11 @@ async fn a_pager_that_is_killed_while_clones_fault_is_followed_by_another_and_no
     run_tiny(&home, "web").await;
     fill(&home, "web", 6, FIRST, 12_000).await;
     let (_, clones) = fork(&home, "web", 3, &["h1", "h2", "h2"]).await;
-    let work: Vec<_> = [(home.clone(), clones[0].clone()), (away.clone(), clones[1].clone()), (away.clone(), clones[2].clone())]
-        .into_iter()
-        .map(|(client, name)| tokio::spawn(async move { holds(&client, &name, 6, FIRST, 12_000).await }))
-        .collect();
+    let work: Vec<_> =
+        [(home.clone(), clones[0].clone()), (away.clone(), clones[1].clone()), (away.clone(), clones[2].clone())]
+            .into_iter()
+            .map(|(client, name)| tokio::spawn(async move { holds(&client, &name, 6, FIRST, 12_000).await }))
+            .collect();
     let mut killed = 0;
     for round in 0..3 {
         tokio::time::sleep(Duration::from_millis(60)).await;

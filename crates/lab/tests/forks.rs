@@ -28,7 +28,12 @@ async fn clones_on_the_same_host_go_on_where_the_parent_was_and_never_see_each_o
     }
     let stats = host.stats().await.unwrap();
     for phase in ["claim", "remap", "attach", "load", "continue", "first_answer"] {
-        assert_eq!(stats.phases.get(&format!("clone_{phase}")).map(|h| h.count), Some(3), "{phase} in {:?}", stats.phases.keys());
+        assert_eq!(
+            stats.phases.get(&format!("clone_{phase}")).map(|h| h.count),
+            Some(3),
+            "{phase} in {:?}",
+            stats.phases.keys()
+        );
     }
     assert!(made.parent.pause_us > 0);
 

@@ -23,10 +23,16 @@ async fn clones_of_a_linux_guest_are_somebody_and_go_on() {
     exec_and_files(&home).await;
 
     // State of all kinds: a file in memory, a deleted file that is open, a process that counts, a pipe, a socket.
-    sh(&home, "web", "mkdir /w; dd if=/dev/urandom of=/w/data bs=1M count=48 2>/dev/null; md5sum </w/data >/w/sum").await;
+    sh(&home, "web", "mkdir /w; dd if=/dev/urandom of=/w/data bs=1M count=48 2>/dev/null; md5sum </w/data >/w/sum")
+        .await;
     let script = "exec 9>/w/log; rm /w/log; n=0; while :; do n=$((n+1)); echo $n >&9; echo $n >/w/n; sleep 0.1; done";
     let pid = sh(&home, "web", &format!("setsid sh -c '{script}' </dev/null >/dev/null 2>&1 & echo $!")).await;
-    sh(&home, "web", "echo abc | (sleep 1; cat) >/dev/null; nc -l -p 5000 -e cat </dev/null >/dev/null 2>&1 & sleep 0.5").await;
+    sh(
+        &home,
+        "web",
+        "echo abc | (sleep 1; cat) >/dev/null; nc -l -p 5000 -e cat </dev/null >/dev/null 2>&1 & sleep 0.5",
+    )
+    .await;
     until("it counts", || async { sh(&home, "web", "cat /w/n 2>/dev/null || echo 0").await != "0" }).await;
     let cpus = sh(&home, "web", "nproc").await;
     assert_eq!(cpus, "2");
@@ -45,7 +51,8 @@ async fn clones_of_a_linux_guest_are_somebody_and_go_on() {
         assert!(now >= counted, "{name} goes on from {counted}, not from {now}");
         let lines: u64 = sh(client, name, &format!("wc -l </proc/{pid}/fd/9")).await.parse().unwrap();
         assert!(lines >= counted, "{name}: the deleted file is open");
-        until("its process goes on", || async { sh(client, name, "cat /w/n").await.parse::<u64>().unwrap() > now }).await;
+        until("its process goes on", || async { sh(client, name, "cat /w/n").await.parse::<u64>().unwrap() > now })
+            .await;
         // A listening socket listens in every clone, each its own.
         assert_eq!(sh(client, name, &format!("echo {name} | nc -w 2 127.0.0.1 5000")).await, *name);
         // Identity.
@@ -75,7 +82,7 @@ async fn exec_and_files(home: &ramet_client::Client) {
     assert_eq!((outcome.code, outcome.text().trim(), outcome.stderr.as_slice()), (7, "out", b"err\n".as_slice()));
     let request = ExecRequest { stdin: true, ..ExecRequest::new(["md5sum"]) };
     let mut session = home.exec("web", &request).await.unwrap();
-    let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n * 7 >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..3_000_000u32).map(|n| ((n * 7) >> 3) as u8).collect();
     // md5sum prints nothing before its input ends, so nobody has to read meanwhile.
     for part in bytes.chunks(ramet_client::exec::MAX_PAYLOAD) {
         session.input.stdin(part).await.unwrap();

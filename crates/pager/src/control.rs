@@ -62,7 +62,8 @@ pub enum Request {
         /// The image.
         image: ImageId,
     },
-    /// Adds an image of another host, whose pages are fetched on demand.
+    /// Adds an image of another host, whose pages are fetched on demand. For an image that is here already, and whose
+    /// pages came from another address, they come from the new one from now on.
     ImageAdd {
         /// The image.
         image: ImageId,
@@ -216,6 +217,9 @@ pub struct ImageReport {
     pub complete: bool,
     /// Why the image can never be complete, if so.
     pub broken: Option<String>,
+    /// Why its copying out of the parent does not get on at the moment, if so: there is no room for page files.
+    #[serde(default)]
+    pub stalled: Option<String>,
     /// VMs whose memory shows the image.
     pub vms: Vec<VmId>,
 }

@@ -59,6 +59,12 @@ impl Image {
         self.layers.iter().find_map(|l| l.session.load().as_ref().and_then(|s| s.failure().map(str::to_owned)))
     }
 
+    /// Why its copying out of the parent does not get on at the moment, if so.
+    #[must_use]
+    pub fn stalled(&self) -> Option<String> {
+        self.layers.iter().find_map(|l| l.session.load().as_ref().and_then(|s| s.trouble()))
+    }
+
     /// Whether every page has been copied out of its parent.
     #[must_use]
     pub fn complete(&self) -> bool {

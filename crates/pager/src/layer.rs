@@ -10,6 +10,8 @@
 //! layers/ID/owned      one bit a page: whether the layer owns it
 //! ```
 //!
+//! Memory of the shared files is reserved before it is touched: on a full tmpfs a store into a hole ends the process.
+//!
 //! A layer's page file shows guest memory *as of that layer*: the pages that the layer owns and, filled in as they are
 //! touched, pages of the layers below. What it shows of a page never changes once shown: a page file is only ever added
 //! to, by whole-page writes, so a half-written page is never seen.
@@ -27,6 +29,7 @@ use crate::source::Source;
 use arc_swap::ArcSwapOption;
 use ramet_kernel::SharedAtomics;
 use ramet_memory::{LayerId, PAGE_SIZE, PageCount, PageIndex, PageRun, PageSet, page_checksum};
+use rustix::fs::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, File},
@@ -106,6 +109,8 @@ pub struct Layer {
     file: File,
     states: SharedAtomics,
     sums: SharedAtomics,
+    /// One bit for each stretch of [`SUMS_STRETCH`] checksums whose memory is reserved.
+    sums_reserved: Box<[AtomicU64]>,
     owned: OnceLock<PageSet>,
     settled: OnceLock<PageSet>,
     /// Where absent pages come from; `None` for a layer made here.
@@ -126,6 +131,25 @@ impl std::fmt::Debug for Layer {
 
 /// Most pages that one read or write of a page file moves.
 pub const BATCH: usize = 64;
+/// Checksums in one page of memory.
+const SUMS_STRETCH: u64 = PAGE_SIZE as u64 / 8;
+
+/// Makes a file of shared numbers, or takes the one that is there, with memory for all of them.
+pub(crate) fn reserve(path: &Path, words: usize) -> io::Result<()> {
+    let file = File::options().write(true).create(true).truncate(false).open(path)?;
+    reserve_bytes(&file, 0, words.max(1) as u64 * 8)
+}
+
+fn reserve_bytes(file: &File, start: u64, len: u64) -> io::Result<()> {
+    loop {
+        match fallocate(file, FallocateFlags::empty(), start, len) {
+            Err(rustix::io::Errno::INTR) => {}
+            // Not a tmpfs: only in tests.
+            Err(rustix::io::Errno::OPNOTSUPP) => return file.set_len(file.metadata()?.len().max(start + len)),
+            done => return Ok(done?),
+        }
+    }
+}
 
 impl Layer {
     /// Makes a new layer in `parent_dir/ID`.
@@ -161,8 +185,14 @@ impl Layer {
     pub fn open(parent_dir: &Path, id: LayerId, base: Option<Arc<Self>>) -> io::Result<Arc<Self>> {
         let dir = parent_dir.join(id.to_string());
         let meta = Self::stored_meta(&dir)?;
+        if meta.base != base.as_ref().map(|b| b.id) {
+            return Err(io::Error::other(format!("layer {id} does not lie over the layer that its checkpoint names")));
+        }
         let layer = Self::with_files(&dir, id, base, &meta, false)?;
         let words = fs::read(dir.join("owned"))?;
+        if words.len() as u64 != layer.pages.0.div_ceil(64) * 8 {
+            return Err(io::Error::other(format!("the list of pages of layer {id} is truncated")));
+        }
         let words = words.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap_or_default()));
         let _ = layer.owned.set(PageSet::from_words(layer.pages, words.collect()));
         let words = layer.states.len();
@@ -192,6 +222,16 @@ impl Layer {
         } else if file.metadata()?.len() != pages.size().bytes() {
             return Err(io::Error::other(format!("page file of layer {id} is truncated")));
         }
+        if create {
+            reserve(&dir.join("states"), count.div_ceil(8))?;
+        } else {
+            for (name, words) in [("states", count.div_ceil(8)), ("sums", count)] {
+                // Not to be made up for with zeros.
+                if !dir.join(name).metadata().is_ok_and(|m| m.len() == words.max(1) as u64 * 8) {
+                    return Err(io::Error::other(format!("file '{name}' of layer {id} is missing or truncated")));
+                }
+            }
+        }
         let states = SharedAtomics::open(&dir.join("states"), count.div_ceil(8))?;
         let sums = SharedAtomics::open(&dir.join("sums"), count)?;
         Ok(Arc::new(Self {
@@ -202,6 +242,7 @@ impl Layer {
             file,
             states,
             sums,
+            sums_reserved: (0..pages.0.div_ceil(SUMS_STRETCH * 64)).map(|_| AtomicU64::new(0)).collect(),
             owned: OnceLock::new(),
             settled: OnceLock::new(),
             source: ArcSwapOption::empty(),
@@ -346,13 +387,43 @@ impl Layer {
     /// When the page file can't take them (no memory left on its tmpfs); no state changes.
     pub fn store(&self, first: PageIndex, bytes: &[u8], sums: impl Iterator<Item = u64>) -> io::Result<()> {
         debug_assert!(bytes.len().is_multiple_of(PAGE_SIZE));
-        self.file.write_all_at(bytes, first.offset())?;
         let count = (bytes.len() / PAGE_SIZE) as u64;
+        self.reserve_sums(PageRun { start: first, len: count })?;
+        self.file.write_all_at(bytes, first.offset())?;
         for (page, sum) in (first.0..first.0 + count).zip(sums) {
             self.sums.get(page as usize).store(sum, Ordering::Relaxed);
             self.set_state(PageIndex(page), PageState::Present);
         }
         Ok(())
+    }
+
+    /// Takes memory for the checksums of a run. One system call for each 2 MiB of a layer, the first time.
+    fn reserve_sums(&self, run: PageRun) -> io::Result<()> {
+        let end = run.end().0.min(self.pages.0);
+        for stretch in run.start.0 / SUMS_STRETCH..end.div_ceil(SUMS_STRETCH) {
+            let (word, bit) = (&self.sums_reserved[(stretch / 64) as usize], 1 << (stretch % 64));
+            if word.load(Ordering::Relaxed) & bit == 0 {
+                let start = stretch * SUMS_STRETCH;
+                let len = SUMS_STRETCH.min(self.pages.0 - start);
+                let file = File::options().write(true).open(self.dir.join("sums"))?;
+                reserve_bytes(&file, start * 8, len * 8)?;
+                word.fetch_or(bit, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where absent pages come from.
+    ///
+    /// # Errors
+    /// When nothing on record says so.
+    pub fn required_source(&self) -> io::Result<Arc<Source>> {
+        self.source.load_full().ok_or_else(|| {
+            io::Error::other(format!(
+                "no source for layer {}: no record says which host has its pages; add its checkpoint again from one that has",
+                self.id
+            ))
+        })
     }
 
     /// Reads consecutive stored pages. Their checksums are not looked at.
@@ -464,7 +535,17 @@ mod tests {
         assert_eq!(again.state(PageIndex(3)), PageState::Absent);
         assert_eq!(again.state(PageIndex(22)), PageState::Owed);
         assert_eq!(again.state(PageIndex(23)), PageState::Absent);
-        fs::write(dir.path().join(id.to_string()).join("pages"), [0; 4096]).unwrap();
-        assert!(Layer::open(dir.path(), id, None).unwrap_err().to_string().contains("truncated"));
+        drop(again);
+        let dir_of = dir.path().join(id.to_string());
+        let owned = fs::read(dir_of.join("owned")).unwrap();
+        let states = fs::read(dir_of.join("states")).unwrap();
+        for (file, good) in [("owned", &owned[..]), ("states", &states), ("pages", &[])] {
+            // Pages that no list names would read as zeros.
+            fs::write(dir_of.join(file), &[0; 4096][..4]).unwrap();
+            assert!(Layer::open(dir.path(), id, None).unwrap_err().to_string().contains("truncated"), "{file}");
+            fs::write(dir_of.join(file), good).unwrap();
+        }
+        let err = Layer::open(dir.path(), id, Some(self::layer(dir.path(), None, &[]))).unwrap_err().to_string();
+        assert!(err.contains("does not lie over"), "{err}");
     }
 }

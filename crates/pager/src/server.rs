@@ -243,14 +243,17 @@ fn obtain(layer: &Arc<Layer>, page: PageIndex) -> Option<Located> {
                 session.ensure(page).ok()?;
             }
             Located::Remote(owner) => {
+                // Before the state changes: nothing else would ever change it back.
+                let source = owner.required_source().ok()?;
                 if owner.change(page, PageState::Absent, PageState::InFlight) {
-                    owner.source.load_full()?.request(Fetch {
+                    let fetch = Fetch {
                         owner: owner.clone(),
                         file: owner.clone(),
                         run: PageRun { start: page, len: 1 },
                         demand: Some(Instant::now()),
                         vm: None,
-                    });
+                    };
+                    fetch.ask(&source);
                 }
                 if Instant::now() > deadline {
                     return None;

@@ -4,15 +4,19 @@
 //! then on three parties take pages out of that debt, each under the session's lock: the background copier, in order;
 //! a write of the parent, which must not go on before the old bytes are safe; and a clone (or another host) that wants the
 //! page now. A page is copied once, and its bytes are those at the commit whoever comes first.
+//!
+//! Where there is no room for a page, whoever wants it waits and tries again: the old bytes stay in the parent's memory,
+//! still protected. Only a parent that is lost ends the copying for good.
 
 use crate::layer::{BATCH, Layer, Located, PageState};
+use arc_swap::ArcSwapOption;
 use ramet_kernel::process_read;
 use ramet_memory::{PAGE_SIZE, PageIndex, PageRun, page_checksum};
 use std::{
     io,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -24,6 +28,8 @@ const WANTED_PAGES: u64 = 8;
 
 /// How long the background copier rests after a batch during which a fault came.
 const AFTER_FAULT: Duration = Duration::from_micros(100);
+/// Pause before the background copier tries again to store a page for which there was no room.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// One checkpoint's copying.
 #[derive(Debug)]
@@ -38,8 +44,44 @@ pub struct CopySession {
     served: AtomicU64,
     buffers: Mutex<Buffers>,
     failed: OnceLock<String>,
+    /// Why the background copier does not get on at the moment.
+    trouble: ArcSwapOption<String>,
+    cancelled: AtomicBool,
     finished: Mutex<bool>,
     changed: Condvar,
+}
+
+/// Why pages could not be copied.
+#[derive(Debug)]
+enum Failure {
+    /// The parent's memory is gone: for good.
+    Lost(io::Error),
+    /// The page file can't take them now, or the kernel lacks memory: to be tried again.
+    NoRoom(io::Error),
+}
+
+impl Failure {
+    /// What `process_read` failed with.
+    fn of_read(err: io::Error) -> Self {
+        match err.kind() {
+            io::ErrorKind::OutOfMemory | io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Self::NoRoom(err),
+            _ => Self::Lost(err),
+        }
+    }
+}
+
+impl From<Failure> for io::Error {
+    /// Never with an errno: that of a lost parent would be taken for one of the VM whose fault is served.
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Lost(err) => Self::other(format!("it can't be copied out of its parent any more: {err}")),
+            Failure::NoRoom(err) => Self::new(err.kind(), no_room(&err)),
+        }
+    }
+}
+
+fn no_room(err: &io::Error) -> String {
+    format!("no page can be copied out of the parent, tried again until there is room for page files: {err}")
 }
 
 #[derive(Debug)]
@@ -64,6 +106,8 @@ impl CopySession {
                 below: Box::new([0; PAGE_SIZE]),
             }),
             failed: OnceLock::new(),
+            trouble: ArcSwapOption::empty(),
+            cancelled: AtomicBool::new(false),
             finished: Mutex::new(false),
             changed: Condvar::new(),
         })
@@ -87,13 +131,22 @@ impl CopySession {
         self.failed.get().map(String::as_str)
     }
 
+    /// Why the copying does not get on at the moment, if so: there is no room for page files. It is tried again.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.load().as_ref().map(|reason| reason.as_str().to_owned())
+    }
+
     /// Makes sure that `page` is copied, with a few of its neighbours. May wait for a batch under way; no allocation.
     ///
     /// # Errors
     /// When the parent's memory can't be read any more, or the page file is full.
     pub fn ensure(&self, page: PageIndex) -> io::Result<()> {
         let start = page.0 - page.0 % WANTED_PAGES;
-        self.ensure_run(PageRun { start: PageIndex(start), len: WANTED_PAGES })
+        self.ensure_run(PageRun { start: PageIndex(start), len: WANTED_PAGES }).or_else(|_| {
+            // A neighbour may have been in the way: zeros need no room.
+            self.ensure_run(PageRun { start: page, len: 1 })
+        })
     }
 
     /// Makes sure that every page of a run is copied.
@@ -108,7 +161,7 @@ impl CopySession {
         let mut buffers = self.lock();
         self.served.fetch_add(1, Ordering::Relaxed);
         self.wanted.fetch_sub(1, Ordering::AcqRel);
-        self.copy(run, &mut buffers)
+        Ok(self.copy(run, &mut buffers)?)
     }
 
     /// Lets faults go before the background copier: a mutex alone would go to whoever runs, which is the copier.
@@ -127,41 +180,81 @@ impl CopySession {
         self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Copies everything: the body of the background copier. Returns when nothing is owed or the parent is gone.
+    /// Copies everything: the body of the background copier. Returns when nothing is owed, the parent is lost or the
+    /// copying was cancelled; [`CopySession::finish`] is to be called next. Where there is no room it tries again.
     pub fn copy_all(&self) {
-        let mut result = Ok(());
         let mut served = 0;
-        'all: for run in self.layer.owned().iter().flat_map(|o| o.runs()) {
+        for run in self.layer.owned().iter().flat_map(|o| o.runs()) {
             let mut at = run.start.0;
             while at < run.end().0 {
+                if self.is_cancelled() {
+                    return;
+                }
                 let len = COPIER_PAGES.min(run.end().0 - at);
                 self.give_way(&mut served);
-                result = self.copy(PageRun { start: PageIndex(at), len }, &mut self.lock());
-                if result.is_err() {
-                    break 'all;
+                let copied = self.copy(PageRun { start: PageIndex(at), len }, &mut self.lock());
+                match copied {
+                    Ok(()) => {
+                        at += len;
+                        if self.trouble.load().is_some() {
+                            self.trouble.store(None);
+                        }
+                    }
+                    Err(Failure::NoRoom(err)) => {
+                        if self.trouble.swap(Some(Arc::new(no_room(&err)))).is_none() {
+                            tracing::warn!(layer = %self.layer.id, error = %err, "no room to copy a checkpoint: waiting");
+                        }
+                        let finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
+                        drop(self.changed.wait_timeout_while(finished, RETRY, |_| !self.is_cancelled()));
+                    }
+                    Err(Failure::Lost(err)) => {
+                        let left = self.owed();
+                        let _ = self.failed.set(format!(
+                            "the parent's memory was lost before it was copied ({left} pages left): {err}"
+                        ));
+                        self.trouble.store(None);
+                        return;
+                    }
                 }
-                at += len;
             }
         }
-        if let Err(err) = result {
-            let _ = self
-                .failed
-                .set(format!("the parent's memory was lost before it was copied ({} pages left): {err}", self.owed()));
-        }
+    }
+
+    /// Ends the background copier before its time: nobody wants the layer any more.
+    pub fn cancel(&self) {
+        let finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
+        self.cancelled.store(true, Ordering::Release);
+        drop(finished);
+        self.changed.notify_all();
+    }
+
+    /// Whether [`CopySession::cancel`] was called.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Lets those go on that [`CopySession::wait`]: the copier has ended, and what it did is on record.
+    pub fn finish(&self) {
         *self.finished.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.changed.notify_all();
     }
 
     /// Waits until the background copier has ended, well or not.
     pub fn wait(&self) {
-        let mut finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*finished {
-            finished = self.changed.wait(finished).unwrap_or_else(PoisonError::into_inner);
-        }
+        while !self.wait_for(Duration::from_secs(3600)) {}
+    }
+
+    /// Waits until the background copier has ended, for at most `limit`; false when it has not.
+    #[must_use]
+    pub fn wait_for(&self, limit: Duration) -> bool {
+        let finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.changed.wait_timeout_while(finished, limit, |finished| !*finished);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// Copies the owed pages of a run. The caller holds the lock.
-    fn copy(&self, run: PageRun, buffers: &mut Buffers) -> io::Result<()> {
+    fn copy(&self, run: PageRun, buffers: &mut Buffers) -> Result<(), Failure> {
         let end = run.end().0.min(self.layer.pages.0);
         let mut at = run.start.0;
         while at < end {
@@ -172,10 +265,13 @@ impl CopySession {
                 at += 1;
                 continue;
             }
+            if let Some(reason) = self.failure() {
+                // Its process number may be another process's by now.
+                return Err(Failure::Lost(io::Error::other(reason.to_owned())));
+            }
             let bytes = &mut buffers.parent[..owed * PAGE_SIZE];
-            process_read(self.pid, self.ram_addr + PageIndex(at).offset(), bytes)?;
-            self.keep(PageIndex(at), owed, buffers)?;
-            self.owed.fetch_sub(owed as u64, Ordering::AcqRel);
+            process_read(self.pid, self.ram_addr + PageIndex(at).offset(), bytes).map_err(Failure::of_read)?;
+            self.keep(PageIndex(at), owed, buffers).map_err(Failure::NoRoom)?;
             at += owed as u64;
         }
         Ok(())
@@ -202,9 +298,11 @@ impl CopySession {
                     .enumerate()
                     .map(|(n, page)| page_checksum(self.layer.id, PageIndex(at.0 + n as u64), page));
                 self.layer.store(at, bytes, sums)?;
+                self.owed.fetch_sub((i - start) as u64, Ordering::AcqRel);
             }
             if let Some(state) = state {
                 self.layer.set_state(PageIndex(first.0 + i as u64), state);
+                self.owed.fetch_sub(1, Ordering::AcqRel);
             }
         }
         Ok(())
@@ -293,6 +391,7 @@ mod tests {
         assert_eq!(s.owed(), 1);
         ram[40 * PAGE_SIZE] = 2;
         s.copy_all();
+        s.finish();
         s.wait();
         let mut page = [0; PAGE_SIZE];
         s.layer().read_checked(PageIndex(40), &mut page).unwrap();
@@ -307,6 +406,8 @@ mod tests {
         let lost = CopySession::new(s.layer().clone(), std::process::id(), 0x1000, 1);
         lost.copy_all();
         assert!(lost.failure().unwrap().contains("1 pages left"));
+        // No errno: the fault thread of a clone would take it for the end of its own VMM.
+        assert_eq!(lost.ensure(PageIndex(1)).unwrap_err().raw_os_error(), None);
         assert_eq!(s.layer().state(PageIndex(1)), PageState::Owed);
     }
 }

@@ -68,9 +68,29 @@ pub struct Fetch {
     pub vm: Option<Arc<Vm>>,
 }
 
+impl Fetch {
+    /// Asks `source`, which the owner named a moment ago, or the source that has taken its place since.
+    pub fn ask(self, source: &Arc<Source>) {
+        let owner = self.owner.clone();
+        source.request(self);
+        if let Some(now) = &*owner.source.load()
+            && !Arc::ptr_eq(now, source)
+        {
+            source.hand_over(|layer| layer.id == owner.id, now);
+        }
+    }
+
+    /// Whether every page has come.
+    fn is_complete(&self) -> bool {
+        (self.run.start.0..self.run.end().0).all(|p| self.file.state(PageIndex(p)) != PageState::InFlight)
+    }
+}
+
 #[derive(Debug, Default)]
 struct Slot {
     fetch: Option<Fetch>,
+    /// Tells this request from those that had the slot before.
+    serial: u64,
     retry_at: Option<Instant>,
 }
 
@@ -78,6 +98,8 @@ struct Slot {
 struct Slots {
     slots: Vec<Slot>,
     free: Vec<usize>,
+    /// Requests so far.
+    serial: u64,
     /// Layers that have a short name with this source: their place is the name.
     handles: Vec<LayerId>,
 }
@@ -96,8 +118,7 @@ pub struct Source {
     config: SourceConfig,
     vms: Arc<ArcSwap<Vec<Arc<Vm>>>>,
     slots: Mutex<Slots>,
-    /// The connection's sending half, and how many of the layers' short names it was told.
-    link: ArcSwapOption<Sender>,
+    link: ArcSwapOption<Link>,
     outgoing: Mutex<Outgoing>,
     status: Mutex<Status>,
     ending: AtomicBool,
@@ -107,9 +128,19 @@ pub struct Source {
     bad_checksums: AtomicU64,
 }
 
+/// A connection's sending half.
+#[derive(Debug)]
+struct Link {
+    sender: Sender,
+    /// Counts connections.
+    number: u64,
+}
+
 #[derive(Debug, Default)]
 struct Outgoing {
     buffer: Vec<u8>,
+    /// The newest connection that anything was sent over, and how many of the layers' short names it was told.
+    link: u64,
     opened: usize,
 }
 
@@ -127,30 +158,36 @@ impl Source {
         config: SourceConfig,
         vms: Arc<ArcSwap<Vec<Arc<Vm>>>>,
     ) -> io::Result<Arc<Self>> {
+        let source = Self::new(address, config, vms)?;
+        let body = source.clone();
+        std::thread::Builder::new().name("source".into()).spawn(move || body.run())?;
+        Ok(source)
+    }
+
+    /// A source that does not connect.
+    fn new(address: SourceAddress, config: SourceConfig, vms: Arc<ArcSwap<Vec<Arc<Vm>>>>) -> io::Result<Arc<Self>> {
         if config.tls.is_none() {
             return Err(io::Error::other("this host has no certificate: run `ramet host init` or `ramet host join`"));
         }
         let socket = parse(&address)?;
-        let source = Arc::new(Self {
+        Ok(Arc::new(Self {
             config,
             vms,
             slots: Mutex::new(Slots {
                 slots: (0..SLOTS).map(|_| Slot::default()).collect(),
                 free: (0..SLOTS).rev().collect(),
+                serial: 0,
                 handles: Vec::new(),
             }),
             link: ArcSwapOption::empty(),
-            outgoing: Mutex::new(Outgoing { buffer: Vec::with_capacity(4096), opened: 0 }),
+            outgoing: Mutex::new(Outgoing { buffer: Vec::with_capacity(4096), link: 0, opened: 0 }),
             status: Mutex::new(Status { address, socket, error: None, disconnected: Some(Instant::now()) }),
             ending: AtomicBool::new(false),
             retries: AtomicBool::new(false),
             pages: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             bad_checksums: AtomicU64::new(0),
-        });
-        let body = source.clone();
-        std::thread::Builder::new().name("source".into()).spawn(move || body.run())?;
-        Ok(source)
+        }))
     }
 
     /// Where the source is.
@@ -176,16 +213,33 @@ impl Source {
         status.address = address;
         drop(status);
         if let Some(link) = &*self.link.load() {
-            link.close();
+            link.sender.close();
         }
         Ok(())
+    }
+
+    /// Asks another source for what is under way of the chosen layers.
+    pub fn hand_over(&self, chosen: impl Fn(&Layer) -> bool, to: &Self) {
+        let mut fetches = Vec::new();
+        {
+            let mut slots = lock(&self.slots);
+            for number in 0..SLOTS {
+                if slots.slots[number].fetch.as_ref().is_some_and(|f| chosen(&f.owner)) {
+                    fetches.extend(std::mem::take(&mut slots.slots[number]).fetch);
+                    slots.free.push(number);
+                }
+            }
+        }
+        for fetch in fetches {
+            to.request(fetch);
+        }
     }
 
     /// Ends the connection and the source's thread.
     pub fn end(&self) {
         self.ending.store(true, Ordering::Release);
         if let Some(link) = &*self.link.load() {
-            link.close();
+            link.sender.close();
         }
     }
 
@@ -248,7 +302,8 @@ impl Source {
             }
             let handle = slots.handle(fetch.owner.id);
             let Some(slot) = slots.free.pop() else { continue };
-            slots.slots[slot] = Slot { fetch: Some(fetch), retry_at: None };
+            slots.serial += 1;
+            slots.slots[slot] = Slot { fetch: Some(fetch), serial: slots.serial, retry_at: None };
             break (slot, handle);
         };
         if let Some(link) = &*self.link.load() {
@@ -256,9 +311,16 @@ impl Source {
         }
     }
 
-    fn send(&self, link: &Arc<Sender>, slot: usize, handle: usize, run: PageRun, demand: bool) {
+    fn send(&self, link: &Link, slot: usize, handle: usize, run: PageRun, demand: bool) {
         let mut outgoing = lock(&self.outgoing);
-        let Outgoing { buffer, opened } = &mut *outgoing;
+        let Outgoing { buffer, link: newest, opened } = &mut *outgoing;
+        if link.number < *newest {
+            // A connection has taken this one's place; it was sent everything that was under way then, this too.
+            return;
+        }
+        if link.number > *newest {
+            (*newest, *opened) = (link.number, 0);
+        }
         buffer.clear();
         if handle >= *opened {
             let slots = lock(&self.slots);
@@ -274,9 +336,9 @@ impl Source {
             priority: if demand { Priority::Demand } else { Priority::Prefetch },
         };
         Frame { req: slot as u32 + 1, message }.encode(buffer);
-        if link.send(buffer).is_err() {
+        if link.sender.send(buffer).is_err() {
             // The receiving thread sees the same, reconnects and sends everything again.
-            link.close();
+            link.sender.close();
         }
     }
 
@@ -284,11 +346,14 @@ impl Source {
 
     fn run(self: &Arc<Self>) {
         let mut backoff = Duration::from_millis(20);
+        let mut number = 0;
         while !self.ending.load(Ordering::Acquire) {
-            let failed = match self.connect() {
+            let socket = lock(&self.status).socket;
+            let failed = match self.connect(socket) {
                 Ok((sender, mut receiver)) => {
                     backoff = Duration::from_millis(20);
-                    let failed = self.converse(&Arc::new(sender), &mut receiver);
+                    number += 1;
+                    let failed = self.converse(&Arc::new(Link { sender, number }), socket, &mut receiver);
                     self.link.store(None);
                     failed
                 }
@@ -306,11 +371,8 @@ impl Source {
         }
     }
 
-    fn connect(&self) -> Result<(Sender, Receiver), StreamError> {
-        let (socket, name) = {
-            let status = lock(&self.status);
-            (status.socket, status.address.name.clone())
-        };
+    fn connect(&self, socket: SocketAddr) -> Result<(Sender, Receiver), StreamError> {
+        let name = lock(&self.status).address.name.clone();
         let tls = self.config.tls.as_ref().ok_or(StreamError::Closed)?;
         let (sender, mut receiver) = Connection::connect(socket, &name, tls, &self.config.options)?.split();
         let mut hello = Vec::new();
@@ -325,11 +387,14 @@ impl Source {
         }
     }
 
-    fn converse(self: &Arc<Self>, link: &Arc<Sender>, receiver: &mut Receiver) -> StreamError {
-        lock(&self.outgoing).opened = 0;
+    fn converse(self: &Arc<Self>, link: &Arc<Link>, socket: SocketAddr, receiver: &mut Receiver) -> StreamError {
         self.link.store(Some(link.clone()));
         {
             let mut status = lock(&self.status);
+            // Whoever moves or ends the source from now on finds the link and closes it; who did before did not.
+            if status.socket != socket || self.ending.load(Ordering::Acquire) {
+                return StreamError::Closed;
+            }
             status.error = None;
             status.disconnected = None;
         }
@@ -362,7 +427,7 @@ impl Source {
     }
 
     /// Sends the chosen requests again. A run may have been filled in part: what is there is written again, unchanged.
-    fn send_again(&self, link: &Arc<Sender>, chosen: impl Fn(&Slot) -> bool) {
+    fn send_again(&self, link: &Link, chosen: impl Fn(&Slot) -> bool) {
         let mut again = Vec::new();
         {
             let mut slots = lock(&self.slots);
@@ -391,7 +456,9 @@ impl Source {
 
     fn retry_later(&self, req: u32) {
         let mut slots = lock(&self.slots);
-        if let Some(slot) = (req as usize).checked_sub(1).and_then(|n| slots.slots.get_mut(n)) {
+        if let Some(slot) = (req as usize).checked_sub(1).and_then(|n| slots.slots.get_mut(n))
+            && slot.fetch.is_some()
+        {
             slot.retry_at = Some(Instant::now() + RETRY);
             self.retries.store(true, Ordering::Relaxed);
         }
@@ -401,9 +468,9 @@ impl Source {
 
     fn receive(&self, req: u32, pages: &Pages<'_>) {
         let number = (req as usize).wrapping_sub(1);
-        let fetch = lock(&self.slots).slots.get(number).and_then(|s| s.fetch.clone());
+        let found = lock(&self.slots).slots.get(number).map(|s| (s.fetch.clone(), s.serial));
         // An answer that nobody asked for, or the second one to a request that was sent twice.
-        let Some(fetch) = fetch else { return };
+        let Some((Some(fetch), serial)) = found else { return };
         let mut bytes = HEADER_LEN as u64;
         let mut arrived = 0;
         let mut failed = None;
@@ -440,19 +507,22 @@ impl Source {
                 self.note(error);
                 self.retry_later(req);
             }
-            None if pages.last => {
+            // Unless an earlier frame of the answer failed, or this one answered an earlier request.
+            None if pages.last && fetch.is_complete() => {
                 let mut slots = lock(&self.slots);
-                // Unless an earlier frame of the answer failed: then the whole request is due again.
-                if slots.slots[number].retry_at.is_none() {
-                    slots.slots[number] = Slot::default();
-                    slots.free.push(number);
-                    drop(slots);
-                    let mut status = lock(&self.status);
-                    if status.disconnected.is_none() {
-                        status.error = None;
-                    }
+                if slots.slots[number].serial != serial {
+                    // It was handed over meanwhile.
+                    return;
+                }
+                slots.slots[number] = Slot::default();
+                slots.free.push(number);
+                drop(slots);
+                let mut status = lock(&self.status);
+                if status.disconnected.is_none() {
+                    status.error = None;
                 }
             }
+            None if pages.last => self.retry_later(req),
             None => {}
         }
     }
@@ -535,4 +605,143 @@ fn chain(err: &dyn std::error::Error) -> String {
         next = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ramet_memory::{PageCount, PageSet};
+    use ramet_wire::frame::PagesWriter;
+    use ramet_wire::stream::{Listener, TlsFiles};
+
+    fn identity(dir: &std::path::Path) -> TlsConfig {
+        let ca_key = rcgen::KeyPair::generate().unwrap();
+        let mut ca = rcgen::CertificateParams::new(vec![]).unwrap();
+        ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let ca_cert = ca.self_signed(&ca_key).unwrap();
+        let issuer = rcgen::Issuer::new(ca, ca_key);
+        let key = rcgen::KeyPair::generate().unwrap();
+        let cert = rcgen::CertificateParams::new(vec!["host".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+        std::fs::write(dir.join("ca.pem"), ca_cert.pem()).unwrap();
+        std::fs::write(dir.join("host.pem"), cert.pem()).unwrap();
+        std::fs::write(dir.join("host.key"), key.serialize_pem()).unwrap();
+        TlsFiles::in_dir(dir).load().unwrap()
+    }
+
+    /// A source without a thread, with a request for two pages of a layer in its first slot.
+    struct Setup {
+        source: Arc<Source>,
+        listener: Arc<Listener>,
+        layer: Arc<Layer>,
+        run: PageRun,
+        _dir: tempfile::TempDir,
+    }
+
+    fn setup() -> Setup {
+        let dir = tempfile::tempdir().unwrap();
+        let tls = identity(dir.path());
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), &tls, &Options::default()).unwrap();
+        let config = SourceConfig {
+            family: FamilyId::random(),
+            host: "host".to_owned(),
+            tls: Some(tls),
+            options: Options::default(),
+        };
+        let address = SourceAddress { addr: listener.local_addr().to_string(), name: "host".to_owned() };
+        let source = Source::new(address, config, Arc::default()).unwrap();
+        let layer = Layer::create(dir.path(), LayerId::random(), None, PageCount(8), true).unwrap();
+        let run = PageRun { start: PageIndex(2), len: 2 };
+        let mut owned = PageSet::new(PageCount(8));
+        owned.insert_run(run);
+        layer.set_owned(owned).unwrap();
+        layer.set_run(run, PageState::InFlight);
+        source.request(Fetch { owner: layer.clone(), file: layer.clone(), run, demand: None, vm: None });
+        Setup { source, listener: Arc::new(listener), layer, run, _dir: dir }
+    }
+
+    impl Setup {
+        /// A connection, its receiving half, and the other end.
+        fn connect(&self, number: u64) -> (Link, Receiver, (Sender, Receiver)) {
+            let listener = self.listener.clone();
+            let accepted = std::thread::spawn(move || listener.accept().unwrap().handshake().unwrap().split());
+            let tls = self.source.config.tls.as_ref().unwrap();
+            let socket = self.listener.local_addr();
+            let connection = Connection::connect(socket, "host", tls, &Options::default()).unwrap();
+            let (sender, receiver) = connection.split();
+            (Link { sender, number }, receiver, accepted.join().unwrap())
+        }
+
+        fn send(&self, link: &Link) {
+            let slot = lock(&self.source.slots).slots.iter().position(|s| s.fetch.is_some()).unwrap();
+            self.source.send(link, slot, 0, self.run, false);
+        }
+    }
+
+    /// What came: `o` for a layer that was opened, `g` for pages asked for.
+    fn came(receiver: &mut Receiver) -> String {
+        let mut kinds = String::new();
+        while let Some(frame) = receiver.recv_timeout(Duration::from_millis(100)).unwrap() {
+            kinds.push(match frame.message {
+                Message::OpenLayer { .. } => 'o',
+                Message::GetPages { .. } => 'g',
+                _ => '?',
+            });
+        }
+        kinds
+    }
+
+    #[test]
+    fn layers_are_opened_on_each_connection_whoever_still_holds_the_one_before() {
+        let t = setup();
+        let (first, _r, (_s, mut at_first)) = t.connect(1);
+        t.send(&first);
+        t.send(&first);
+        assert_eq!(came(&mut at_first), "ogg");
+        // A fault thread sends over the connection that it got hold of, when the next one stands already.
+        let (second, _r, (_s, mut at_second)) = t.connect(2);
+        t.send(&first);
+        t.send(&second);
+        t.send(&first);
+        t.send(&second);
+        assert_eq!(came(&mut at_second), "ogg");
+    }
+
+    #[test]
+    fn a_request_ends_with_its_last_page_and_not_with_the_answer_to_another() {
+        let t = setup();
+        let (_link, mut receiver, (answers, _r)) = t.connect(1);
+        let slot = lock(&t.source.slots).slots.iter().position(|s| s.fetch.is_some()).unwrap();
+        let mut answer = |pages: std::ops::Range<u64>| {
+            let mut writer = PagesWriter::new();
+            writer.start(slot as u32 + 1, 0);
+            for page in pages.map(PageIndex) {
+                writer.push_zero(page, page_checksum(t.layer.id, page, &[0; PAGE_SIZE])).unwrap();
+            }
+            answers.send(writer.finish(true)).unwrap();
+            let frame = receiver.recv().unwrap();
+            let Message::Pages(pages) = frame.message else { panic!("no pages came") };
+            t.source.receive(frame.req, &pages);
+            t.source.report().in_flight
+        };
+        // What somebody asked for who had the slot before.
+        assert_eq!(answer(3..4), 1);
+        assert_eq!(t.layer.state(PageIndex(2)), PageState::InFlight);
+        assert_eq!(answer(2..4), 0);
+        assert_eq!(t.layer.state(PageIndex(2)), PageState::Zero);
+        // The answer to a request that was sent twice.
+        assert_eq!(answer(2..4), 0);
+    }
+
+    #[test]
+    fn what_is_under_way_follows_a_layer_to_its_new_source() {
+        let (old, new) = (setup(), setup());
+        let before = new.source.report().in_flight;
+        old.layer.source.store(Some(new.source.clone()));
+        // Asked for by a thread that had looked the source up before.
+        let run = PageRun { start: PageIndex(5), len: 1 };
+        old.layer.set_run(run, PageState::InFlight);
+        let fetch = Fetch { owner: old.layer.clone(), file: old.layer.clone(), run, demand: None, vm: None };
+        fetch.ask(&old.source);
+        assert_eq!((old.source.report().in_flight, new.source.report().in_flight), (0, before + 2));
+    }
 }

@@ -9,7 +9,7 @@ use crate::{
     image::Image,
     layer::{BATCH, Layer, Located, PageState},
     session::CopySession,
-    source::{Fetch, Source},
+    source::Fetch,
 };
 use arc_swap::ArcSwapOption;
 use ramet_kernel::{CopyError, CopyMode, Event, Features, Mode, PagemapScanner, SharedAtomics, Uffd};
@@ -32,8 +32,10 @@ const WANTED: Features = Features(
 );
 /// How long the fault thread spins for a next fault, when faults come in quick succession, before it blocks.
 const SPIN: Duration = Duration::from_micros(40);
-/// How long it blocks before it looks whether it should end.
+/// How long it blocks before it looks whether it should end, and before what could not be served is tried again.
 const BLOCK: Duration = Duration::from_millis(500);
+/// How long what was tried again has to fail again before the failure is taken to be over.
+const PASSED: Duration = Duration::from_millis(50);
 /// Most zero pages that one fault installs.
 const MAX_ZERO_WINDOW: u64 = 512;
 /// Most pages that one write to a protected page makes writable.
@@ -248,17 +250,30 @@ impl Vm {
         let mut events = [Event::default(); 16];
         let mut streams = Streams::default();
         let mut quick = false;
-        let mut failed = false;
+        let mut retries = Retries::default();
         let mut last = Instant::now();
         while !self.ended() {
             let count = match self.uffd.read_events(&mut events) {
                 Ok(count) => count,
-                Err(err) => {
-                    self.failure.store(Some(Arc::new(format!("faults can't be read: {err}"))));
+                Err(err) if is_final(&err) => {
+                    self.fail(format!("faults can't be read any more: {err}: restart the pager to have it taken over"));
+                    tracing::error!(vm = %self.id, error = %err, "the fault thread ends");
                     return;
+                }
+                Err(err) => {
+                    self.fail(format!("faults can't be read, tried again: {err}"));
+                    retries.failed(Instant::now());
+                    std::thread::sleep(PASSED);
+                    0
                 }
             };
             let now = Instant::now();
+            match retries.due(now) {
+                Due::Nothing => {}
+                // What could not be served (no memory left for page files, say) is tried again.
+                Due::Retry => self.wake_all(),
+                Due::Passed => self.failure.store(None),
+            }
             if count == 0 {
                 if self.fill_pending(&mut streams) {
                     continue;
@@ -266,12 +281,8 @@ impl Vm {
                 // Spinning pays where faults follow one another closely, and is a core lost where they do not.
                 if !quick || now.duration_since(last) > SPIN {
                     quick = false;
-                    let came = self.uffd.poll(Some(BLOCK)).unwrap_or(false);
-                    // What could not be served (no memory left for page files, say) is tried again.
-                    if failed && !came {
-                        failed = false;
-                        self.failure.store(None);
-                        self.wake_all();
+                    if self.uffd.poll(Some(retries.within(now, BLOCK))).is_err() {
+                        std::thread::sleep(PASSED);
                     }
                 }
                 continue;
@@ -289,11 +300,14 @@ impl Vm {
                     };
                     match served {
                         Ok(()) => {}
-                        // The VMM is gone: nobody waits any more.
-                        Err(err) if err.raw_os_error() == Some(libc_esrch()) => return,
+                        // Nobody waits any more.
+                        Err(err) if err.raw_os_error() == Some(SRCH) => {
+                            self.fail("its VMM is gone".to_owned());
+                            return;
+                        }
                         Err(err) => {
-                            failed = true;
-                            self.failure.store(Some(Arc::new(format!("page {} can't be served: {err}", page.0))));
+                            self.fail(format!("page {} can't be served: {err}", page.0));
+                            retries.failed(Instant::now());
                         }
                     }
                 }
@@ -302,6 +316,10 @@ impl Vm {
             quick &= streams.remote == remote;
             last = Instant::now();
         }
+    }
+
+    fn fail(&self, reason: String) {
+        self.failure.store(Some(Arc::new(reason)));
     }
 
     fn lock(&self) -> MutexGuard<'_, Tracking> {
@@ -350,8 +368,7 @@ impl Vm {
                     )));
                 }
                 Located::Remote(owner) => {
-                    self.fetch(image, segment, &owner, page, since, streams);
-                    return Ok(());
+                    return self.fetch(image, segment, &owner, page, since, streams);
                 }
             },
         }
@@ -435,33 +452,37 @@ impl Vm {
     ) -> io::Result<()> {
         streams.zero_window =
             if page.0 == streams.zero_next { (streams.zero_window * 2).clamp(1, MAX_ZERO_WINDOW) } else { 1 };
-        let most = streams.zero_window.min(segment.run.end().0 - page.0);
+        let most = if self.tracked.load(Ordering::Acquire) { 1 } else { streams.zero_window };
+        let most = most.min(segment.run.end().0 - page.0);
         let is_zero = |p: u64| match image.owner(PageIndex(p)) {
             None => true,
             Some(_) => segment.file.state(PageIndex(p)) == PageState::Zero,
         };
         let count = 1 + (page.0 + 1..page.0 + most).take_while(|&p| is_zero(p)).count() as u64;
-        streams.zero_next = page.0 + count;
-        self.counters.zero.fetch_add(count, Ordering::Relaxed);
-        let _tracking = self.lock();
-        if !self.tracked.load(Ordering::Acquire) {
-            return self.install(page, count, |addr, len| self.uffd.zeropage(addr, len, false));
-        }
-        // Where writes are tracked the zero page would come without protection, and a write to it go unseen.
-        if write {
-            self.mark_dirty(PageRun { start: page, len: 1 });
-        }
-        let mode = CopyMode { wp: !write, dont_wake: false };
-        self.install(page, 1, |addr, _| self.uffd.copy(addr, &ZEROS[..], mode))
+        let tracking = self.lock();
+        let installed = if self.tracked.load(Ordering::Acquire) {
+            // Where writes are tracked the zero page would come without protection, and a write to it go unseen.
+            if write {
+                self.mark_dirty(PageRun { start: page, len: 1 });
+            }
+            let mode = CopyMode { wp: !write, dont_wake: false };
+            self.install(page, 1, |addr, _| self.uffd.copy(addr, &ZEROS[..], mode))
+        } else {
+            self.install(page, count, |addr, len| self.uffd.zeropage(addr, len, false))
+        }?;
+        drop(tracking);
+        streams.zero_next = page.0 + installed;
+        self.counters.zero.fetch_add(installed, Ordering::Relaxed);
+        Ok(())
     }
 
-    /// Installs pages until done or until one is there already.
+    /// Installs pages until done or until one is there already. Returns how many were installed.
     fn install(
         &self,
         page: PageIndex,
         count: u64,
         op: impl Fn(u64, u64) -> Result<usize, CopyError>,
-    ) -> io::Result<()> {
+    ) -> io::Result<u64> {
         let mut at = page.0;
         let end = page.0 + count;
         while at < end {
@@ -472,7 +493,8 @@ impl Vm {
                 Err(err) => return Err(err.into()),
             }
         }
-        self.uffd.wake(self.ram_addr + page.offset(), PAGE_SIZE as u64)
+        self.uffd.wake(self.ram_addr + page.offset(), PAGE_SIZE as u64)?;
+        Ok(at - page.0)
     }
 
     // ---- pages of other hosts ------------------------------------------------------------------------------------
@@ -485,8 +507,8 @@ impl Vm {
         page: PageIndex,
         since: Instant,
         streams: &mut Streams,
-    ) {
-        let Some(source) = owner.source.load_full() else { return };
+    ) -> io::Result<()> {
+        let source = owner.required_source()?;
         streams.remote += 1;
         let (start, window) = if page.0 == streams.fetch_next {
             streams.fetch_window = (streams.fetch_window * 2).clamp(FETCH_AROUND, MAX_FETCH_WINDOW);
@@ -497,22 +519,25 @@ impl Vm {
         };
         let around = clip(PageRun { start: PageIndex(start), len: window }, segment.run);
         streams.fetch_next = around.end().0;
-        if segment.file.change(page, PageState::Absent, PageState::InFlight)
-            || segment.file.change(page, PageState::Same, PageState::InFlight)
-        {
+        if segment.file.change(page, PageState::Absent, PageState::InFlight) {
             self.note_wait(page, since);
-            source.request(Fetch {
+            let fetch = Fetch {
                 owner: owner.clone(),
                 file: segment.file.clone(),
                 run: PageRun { start: page, len: 1 },
                 demand: Some(since),
                 vm: Some(self.clone()),
-            });
+            };
+            fetch.ask(&source);
+        } else if segment.file.state(page) == PageState::Same {
+            // A page is `Same` only as one that is here. To fetch it into this file would make this layer its owner.
+            return Err(io::Error::other(format!("the page below it is gone from layer {}", owner.id)));
         } else {
             // It came, or somebody asked for it, just now. If it came, its wake may have passed before this fault.
             let _ = self.uffd.wake(self.ram_addr + page.offset(), PAGE_SIZE as u64);
         }
-        self.prefetch(image, segment, &source, around);
+        self.prefetch(image, segment, around);
+        Ok(())
     }
 
     fn fetch_ahead(self: &Arc<Self>, image: &Image, segment: &MappedSegment, page: PageIndex, streams: &mut Streams) {
@@ -520,41 +545,42 @@ impl Vm {
         if streams.fetch_window < 4 * FETCH_AROUND || behind == 0 || behind > streams.fetch_window {
             return;
         }
-        let Some(source) = segment.file.source.load_full() else { return };
         let ahead = PageRun { start: PageIndex(streams.fetch_next), len: streams.fetch_window };
         let ahead = clip(ahead, segment.run);
         streams.fetch_next = ahead.end().0.max(streams.fetch_next);
-        self.prefetch(image, segment, &source, ahead);
+        self.prefetch(image, segment, ahead);
     }
 
-    /// Asks for the pages of a run that nobody has asked for, in runs of one owner.
-    fn prefetch(self: &Arc<Self>, image: &Image, segment: &MappedSegment, source: &Arc<Source>, run: PageRun) {
+    /// Asks for the pages of a run that nobody has asked for, in runs of one owner, each where its owner comes from.
+    fn prefetch(self: &Arc<Self>, image: &Image, segment: &MappedSegment, run: PageRun) {
         let mut at = run.start.0;
         while at < run.end().0 {
-            let owner = image.owner(PageIndex(at));
             let from = at;
-            let wanted = |p: u64| {
-                let page = PageIndex(p);
-                owner.is_some_and(|o| {
-                    image.owner(page).is_some_and(|other| Arc::ptr_eq(o, other))
-                        && matches!(o.state(page), PageState::Absent)
+            // Without a source the page is reported when it is touched.
+            let found = image.owner(PageIndex(at)).and_then(|o| Some((o, o.source.load_full()?)));
+            if let Some((owner, source)) = found {
+                let wanted = |p: u64| {
+                    let page = PageIndex(p);
+                    image.owner(page).is_some_and(|other| Arc::ptr_eq(owner, other))
+                        && matches!(owner.state(page), PageState::Absent)
                         && segment.file.change(page, PageState::Absent, PageState::InFlight)
-                })
-            };
-            while at < run.end().0 && wanted(at) {
-                at += 1;
+                };
+                while at < run.end().0 && wanted(at) {
+                    at += 1;
+                }
+                if at > from {
+                    let fetch = Fetch {
+                        owner: owner.clone(),
+                        file: segment.file.clone(),
+                        run: PageRun { start: PageIndex(from), len: at - from },
+                        demand: None,
+                        vm: Some(self.clone()),
+                    };
+                    fetch.ask(&source);
+                    continue;
+                }
             }
-            if let (Some(owner), true) = (owner, at > from) {
-                source.request(Fetch {
-                    owner: owner.clone(),
-                    file: segment.file.clone(),
-                    run: PageRun { start: PageIndex(from), len: at - from },
-                    demand: None,
-                    vm: Some(self.clone()),
-                });
-            } else {
-                at += 1;
-            }
+            at += 1;
         }
     }
 
@@ -663,9 +689,18 @@ impl Vm {
     /// Takes the pages written since the last time, protecting them again, and passes each run to `found`.
     ///
     /// # Errors
-    /// When the kernel refuses to protect.
+    /// When the kernel refuses to protect. What was passed on, and only that, is to be given back
+    /// ([`Vm::give_dirty_back`]).
     pub fn take_dirty(&self, mut found: impl FnMut(PageRun)) -> io::Result<()> {
         let mut word = 0;
+        // Bits that are taken are passed on even then: they must not get lost.
+        let mut protected = Ok(());
+        let mut pass = |run: PageRun, protected: &mut io::Result<()>| {
+            if protected.is_ok() {
+                *protected = self.protect(run, true);
+            }
+            found(run);
+        };
         while word < self.dirty.len() {
             if self.dirty.get(word).load(Ordering::Acquire) == 0 {
                 word += 1;
@@ -686,8 +721,7 @@ impl Vm {
                         Some(run) if run.end().0 == start => run.len += len,
                         _ => {
                             if let Some(run) = pending.replace(PageRun { start: PageIndex(start), len }) {
-                                self.protect(run, true)?;
-                                found(run);
+                                pass(run, &mut protected);
                             }
                         }
                     }
@@ -695,11 +729,13 @@ impl Vm {
                 word += 1;
             }
             if let Some(run) = pending {
-                self.protect(run, true)?;
-                found(run);
+                pass(run, &mut protected);
+            }
+            if protected.is_err() {
+                break;
             }
         }
-        Ok(())
+        protected
     }
 
     /// Protects and passes on the private pages that [`Vm::take_dirty`] can't know: on kernels that do not report the first
@@ -798,8 +834,56 @@ impl Vm {
 
 static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
-fn libc_esrch() -> i32 {
-    rustix::io::Errno::SRCH.raw_os_error()
+/// "No such process": the VMM is gone.
+const SRCH: i32 = rustix::io::Errno::SRCH.raw_os_error();
+
+/// Whether reading faults fails for good: the descriptor, or the process behind it, is gone. Anything else (no memory
+/// at the moment, a signal) passes.
+fn is_final(err: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let finals = [Errno::SRCH, Errno::BADF, Errno::INVAL, Errno::NODEV, Errno::NXIO];
+    err.raw_os_error().is_some_and(|errno| finals.iter().any(|e| e.raw_os_error() == errno))
+}
+
+/// When what failed is tried again, and when it is taken to have passed.
+#[derive(Debug, Default)]
+struct Retries {
+    retry_at: Option<Instant>,
+    passed_at: Option<Instant>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Due {
+    Nothing,
+    Retry,
+    Passed,
+}
+
+impl Retries {
+    /// Something could not be served. Faults that can be served meanwhile do not put its retry off.
+    fn failed(&mut self, now: Instant) {
+        self.retry_at.get_or_insert(now + BLOCK);
+        self.passed_at = None;
+    }
+
+    fn due(&mut self, now: Instant) -> Due {
+        if self.retry_at.is_some_and(|at| at <= now) {
+            self.retry_at = None;
+            self.passed_at = Some(now + PASSED);
+            return Due::Retry;
+        }
+        if self.passed_at.is_some_and(|at| at <= now) {
+            self.passed_at = None;
+            return Due::Passed;
+        }
+        Due::Nothing
+    }
+
+    /// How long to block so that neither is missed.
+    fn within(&self, now: Instant, most: Duration) -> Duration {
+        let next = self.retry_at.or(self.passed_at);
+        next.map_or(most, |at| at.saturating_duration_since(now).min(most))
+    }
 }
 
 /// The part of `run` that lies in `within`.
@@ -810,3 +894,38 @@ fn clip(run: PageRun, within: PageRun) -> PageRun {
 }
 
 const _: () = assert!(FETCH_AROUND as usize <= BATCH);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::io::Errno;
+
+    #[test]
+    fn only_a_descriptor_that_is_gone_ends_a_fault_thread() {
+        for errno in [Errno::SRCH, Errno::BADF, Errno::INVAL] {
+            assert!(is_final(&errno.into()), "{errno}");
+        }
+        for errno in [Errno::AGAIN, Errno::INTR, Errno::NOMEM, Errno::FAULT] {
+            assert!(!is_final(&errno.into()), "{errno}");
+        }
+        assert!(!is_final(&io::Error::other("?")));
+    }
+
+    #[test]
+    fn what_failed_is_tried_again_however_busy_the_vm_is() {
+        let start = Instant::now();
+        let mut retries = Retries::default();
+        assert_eq!((retries.due(start), retries.within(start, BLOCK)), (Due::Nothing, BLOCK));
+        retries.failed(start);
+        retries.failed(start + BLOCK / 2);
+        assert_eq!(retries.within(start + BLOCK / 2, BLOCK), BLOCK / 2);
+        assert_eq!(retries.due(start + BLOCK), Due::Retry);
+        // It failed again: not over.
+        retries.failed(start + BLOCK);
+        assert_eq!(retries.due(start + BLOCK + PASSED), Due::Nothing);
+        assert_eq!(retries.due(start + 2 * BLOCK), Due::Retry);
+        assert_eq!(retries.within(start + 2 * BLOCK, BLOCK), PASSED);
+        assert_eq!(retries.due(start + 2 * BLOCK + PASSED), Due::Passed);
+        assert_eq!(retries.due(start + 3 * BLOCK), Due::Nothing);
+    }
+}

@@ -5,54 +5,17 @@
 mod support;
 
 use ramet_memory::{ByteSize, FamilyId, ImageId, LayerId};
-use ramet_pager::{
-    control::{SourceAddress, View},
-    family::Family,
-    server,
-};
-use ramet_wire::stream::{Listener, Options, TlsConfig};
+use ramet_pager::control::{SourceAddress, View};
+use ramet_wire::stream::TlsConfig;
 use std::{
     fs,
     os::unix::fs::FileExt,
     path::Path,
-    sync::Arc,
     time::{Duration, Instant},
 };
-use support::{LIMIT, MemoryVm, Tmpfs, certificates, checkpoint, family, source_at};
+use support::{Host, LIMIT, MemoryVm, Tmpfs, certificates, checkpoint, count, source_at};
 
 const PAGES: u64 = 1024;
-
-/// A family on a "host" of its own that serves its pages.
-struct Host {
-    family: Arc<Family>,
-    listener: Arc<Listener>,
-}
-
-impl Host {
-    fn start(dir: &Path, id: FamilyId, tls: &TlsConfig, addr: &str) -> Self {
-        fs::create_dir_all(dir).unwrap();
-        let family = family(dir, id, Some(tls.clone()));
-        let listener = Arc::new(Listener::bind(addr.parse().unwrap(), tls, &Options::default()).unwrap());
-        let (l, f) = (listener.clone(), family.clone());
-        std::thread::spawn(move || server::serve(&l, &f, id, "host"));
-        Self { family, listener }
-    }
-
-    fn address(&self) -> SourceAddress {
-        source_at(self.listener.local_addr())
-    }
-
-    fn take(&self, image: ImageId, from: &Host) {
-        let spec = from.family.write_spec(image).unwrap();
-        self.family.add_image(image, &spec, &from.address()).unwrap();
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        self.listener.close();
-    }
-}
 
 fn memory() -> ByteSize {
     ByteSize(PAGES * 4096)
@@ -213,4 +176,125 @@ fn a_peer_of_another_family_gets_nothing() {
         std::thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(t.a.family.stats().served_pages, 0);
+}
+
+/// The family's directory on host `name`.
+fn dir_of(t: &Pair, name: &str) -> std::path::PathBuf {
+    t.tmpfs.path().join(name).join(t.id.to_string())
+}
+
+/// The same host under its next pager.
+fn next_pager(t: &Pair, name: &str) -> Host {
+    let host = Host::start(&t.tmpfs.path().join(name), t.id, &t.tls, "127.0.0.1:0");
+    host.family.restore().unwrap();
+    host
+}
+
+#[test]
+fn layers_of_another_host_keep_their_source_over_a_restart() {
+    let Some(t) = pair(100) else { return };
+    t.b.take(t.image, &t.a);
+    // The order in which records are read is that of their random names.
+    for round in 0..5u64 {
+        let host = next_pager(&t, "b");
+        let mut middle = clone_of(&host, t.tmpfs.path(), t.image);
+        middle.write(90, 9000 + round);
+        let over = checkpoint(&host.family, middle.id);
+        host.family.wait_image(over).unwrap();
+        host.family.detach(middle.id).unwrap();
+        if round == 4 {
+            // What lies over it goes on needing its pages.
+            host.family.drop_image(t.image).unwrap();
+        }
+        drop(host);
+        let host = next_pager(&t, "b");
+        let mut last = clone_of(&host, t.tmpfs.path(), over);
+        let page = 8 + 16 * round;
+        for (page, value) in [(page, page * 3), (90, 9000 + round)] {
+            last.send(&format!("r {page}"));
+            let got = last.answer_within(Duration::from_secs(3));
+            assert_eq!(got, Some(value.to_string()), "{:?}", host.family.stats().vms[0].stalled);
+        }
+        host.family.detach(last.id).unwrap();
+    }
+}
+
+#[test]
+fn pages_without_a_source_stall_and_say_so() {
+    let Some(t) = pair(100) else { return };
+    t.b.take(t.image, &t.a);
+    let record = dir_of(&t, "b").join("images").join(format!("{}.json", t.image));
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&record).unwrap()).unwrap();
+    json["source"] = serde_json::Value::Null;
+    json["layer_sources"] = serde_json::json!({});
+    fs::write(&record, json.to_string()).unwrap();
+    let b = next_pager(&t, "b");
+    let mut clone = clone_of(&b, t.tmpfs.path(), t.image);
+    clone.send("r 20");
+    // A third host asks for another page, through that host.
+    let c = Host::start(&t.tmpfs.path().join("c"), t.id, &t.tls, "127.0.0.1:0");
+    c.take(t.image, &b);
+    let mut far = clone_of(&c, t.tmpfs.path(), t.image);
+    far.send("r 40");
+    assert_eq!(clone.answer_within(Duration::from_millis(1500)), None);
+    let stalled = b.family.stats().vms[0].stalled.clone().expect("the VM is stalled");
+    assert!(stalled.contains("page 20") && stalled.contains("no source for layer"), "{stalled}");
+    assert_eq!(far.answer_within(Duration::from_millis(10)), None);
+    let stalled = c.family.stats().vms[0].stalled.clone().expect("the far VM is stalled");
+    assert!(stalled.contains("page 40") && stalled.contains("does not hold page"), "{stalled}");
+    // Told where its pages are, all goes on.
+    b.take(t.image, &t.a);
+    assert_eq!(clone.answer_within(LIMIT).as_deref(), Some("60"));
+    assert_eq!(far.answer_within(LIMIT).as_deref(), Some("120"));
+    drop(b);
+    let b = next_pager(&t, "b");
+    assert_eq!(b.family.stats().sources[0].source, t.a.address());
+}
+
+#[test]
+fn an_image_added_again_comes_from_its_new_address() {
+    let Some(t) = pair(100) else { return };
+    // First a name that is not the host's, then an address where nobody answers.
+    for (round, wrong) in
+        [SourceAddress { name: "stranger".into(), ..t.a.address() }, source_at("127.0.0.1:1")].iter().enumerate()
+    {
+        let host = Host::start(&t.tmpfs.path().join(format!("h{round}")), t.id, &t.tls, "127.0.0.1:0");
+        let spec = t.a.family.write_spec(t.image).unwrap();
+        host.family.add_image(t.image, &spec, wrong).unwrap();
+        let err = host.family.add_image(t.image, &spec, wrong).unwrap_err();
+        assert_eq!(err.code, "exists");
+        let mut clone = clone_of(&host, t.tmpfs.path(), t.image);
+        clone.send("r 30");
+        assert_eq!(clone.answer_within(Duration::from_millis(500)), None);
+        // What is under way is asked for at the new address.
+        host.take(t.image, &t.a);
+        assert_eq!(clone.answer_within(LIMIT).as_deref(), Some("90"));
+        let sources = host.family.stats().sources;
+        assert_eq!(sources.iter().map(|s| &s.source).collect::<Vec<_>>(), [&t.a.address()]);
+        drop(host);
+        let host = next_pager(&t, &format!("h{round}"));
+        assert_eq!(host.family.stats().sources[0].source, t.a.address());
+    }
+}
+
+#[test]
+fn an_image_that_can_not_be_added_leaves_nothing() {
+    let Some(mut t) = pair(40) else { return };
+    t.parent.write(7, 77);
+    let second = checkpoint(&t.a.family, t.parent.id);
+    let layers = t.a.family.wait_image(second).unwrap().layers;
+    let spec = t.a.family.write_spec(second).unwrap();
+    let b = dir_of(&t, "b");
+    for obstacle in [b.join("layers").join(layers[1].id.to_string()), b.join("images").join(format!("{second}.json"))] {
+        fs::create_dir(&obstacle).unwrap();
+        let err = t.b.family.add_image(second, &spec, &t.a.address()).unwrap_err();
+        assert_eq!(err.code, "internal", "{err}");
+        fs::remove_dir(&obstacle).unwrap();
+        assert_eq!((count(&b.join("layers")), count(&b.join("images"))), (0, 0), "{err}");
+        assert_eq!(t.b.family.stats().sources, []);
+        assert!(layers.iter().all(|l| t.b.family.layer(l.id).is_none()));
+    }
+    t.b.take(second, &t.a);
+    let mut clone = clone_of(&t.b, t.tmpfs.path(), second);
+    assert_eq!((clone.read(7), clone.read(8)), ("77".into(), "24".into()));
 }

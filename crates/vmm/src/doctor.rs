@@ -47,6 +47,8 @@ pub struct DoctorConfig {
     pub qemu: PathBuf,
     /// The tiny guest, for the probe of KVM.
     pub tiny_guest: Option<PathBuf>,
+    /// User and group that QEMU runs as; `None` is this process's own.
+    pub user: Option<(u32, u32)>,
 }
 
 fn finding(name: &str, status: Status, detail: impl Into<String>, remedy: impl Into<String>) -> Finding {
@@ -121,26 +123,42 @@ async fn kvm(config: &DoctorConfig) -> Finding {
             format!("{tcg}; run `cargo xtask setup`"),
         );
     };
-    match try_kvm(&config.qemu, tiny).await {
+    match try_kvm(config, tiny).await {
         Ok(took) => finding("kvm", Status::Ok, format!("a guest ran under KVM in {} ms", took.as_millis()), ""),
-        Err(why) => finding("kvm", Status::Warn, why, format!("{tcg}; this KVM is emulated or broken")),
+        Err(Trouble { what, remedy }) => finding("kvm", Status::Warn, what, format!("{tcg}; {remedy}")),
     }
 }
 
-/// Boots the tiny guest under KVM; it must come to its end in time.
-async fn try_kvm(qemu: &Path, tiny: &Path) -> Result<Duration, String> {
+/// Why KVM can't be used.
+struct Trouble {
+    what: String,
+    remedy: &'static str,
+}
+
+impl Trouble {
+    fn new(what: impl Into<String>, remedy: &'static str) -> Self {
+        Self { what: what.into(), remedy }
+    }
+}
+
+/// Boots the tiny guest under KVM, as VMs are run: same user, same CPU model. It must come to its end in time.
+async fn try_kvm(config: &DoctorConfig, tiny: &Path) -> Result<Duration, Trouble> {
     let started = Instant::now();
-    let mut child = Command::new(qemu)
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "kvm", "-cpu", "qemu64", "-m", "64M"])
-        .args(["-serial", "stdio", "-append", "probe", "-no-reboot", "-kernel"])
-        .arg(tiny)
-        .stdin(Stdio::null())
+    let mut command = Command::new(&config.qemu);
+    command
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "kvm", "-cpu", "host", "-m", "64M"])
+        .args(["-serial", "stdio", "-append", "probe", "-no-reboot", "-kernel", "/dev/stdin"])
+        .stdin(File::open(tiny).map_err(|err| Trouble::new(format!("{}: {err}", tiny.display()), "build it again"))?)
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|err| format!("QEMU can't be started: {err}"))?;
-    let mut out = child.stdout.take().ok_or("no output")?;
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    if let Some((uid, gid)) = config.user {
+        command.uid(uid).gid(crate::qemu::kvm_group().unwrap_or(gid));
+    }
+    let install = "install QEMU: `apt-get install qemu-system-x86`";
+    let mut child = command.spawn().map_err(|err| Trouble::new(format!("QEMU can't be started: {err}"), install))?;
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    let (Some(mut out), Some(err)) = (out, err) else { return Err(Trouble::new("no output", install)) };
     let read = async {
         let mut text = Vec::new();
         let mut chunk = [0; 512];
@@ -156,10 +174,22 @@ async fn try_kvm(qemu: &Path, tiny: &Path) -> Result<Duration, String> {
     let _ = child.kill().await;
     match ended {
         Ok(true) => Ok(started.elapsed()),
-        Ok(false) => Err("/dev/kvm exists, but a small guest dies under it".to_owned()),
-        Err(_) => {
-            Err(format!("/dev/kvm exists, but a small guest did not end within {} s under it", KVM_LIMIT.as_secs()))
+        Ok(false) => {
+            let mut words = Vec::new();
+            let _ = tokio::time::timeout(Duration::from_secs(1), err.take(4096).read_to_end(&mut words)).await;
+            let words = String::from_utf8_lossy(&words).into_owned();
+            let last = words.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("it said nothing");
+            let remedy = if words.contains("Permission denied") {
+                "give QEMU's user access: `chgrp kvm /dev/kvm; chmod 660 /dev/kvm`"
+            } else {
+                "this KVM is emulated or broken"
+            };
+            Err(Trouble::new(format!("/dev/kvm exists, but QEMU ends under it: {last}"), remedy))
         }
+        Err(_) => Err(Trouble::new(
+            format!("/dev/kvm exists, but a small guest did not end within {} s under it", KVM_LIMIT.as_secs()),
+            "this KVM is emulated: a stock kernel would take minutes",
+        )),
     }
 }
 

@@ -20,6 +20,9 @@ pub use pool::{Claimed, Pool, PoolConfig};
 pub use process::ExitInfo;
 pub use qemu::{Qemu, VmmConfig};
 
+/// The unprivileged user and group that VMMs run as, unless told otherwise: the one that Debian reserves for QEMU.
+pub const QEMU_UID: u32 = 64055;
+
 use async_trait::async_trait;
 use std::{
     fmt,
@@ -37,11 +40,18 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// [`VmmError`]; nothing is left behind but `dir` with the log.
     async fn launch(&self, spec: &MachineSpec, boot: Boot, dir: &Path) -> Result<Box<dyn VmProcess>, VmmError>;
 
-    /// Finds a VM again that was started in `dir` by a daemon before this one.
+    /// Finds a VM again that was started in `dir` by a daemon before this one, and waits at most `limit` until it answers:
+    /// one whose own thread waits for a page of its memory does not.
     ///
     /// # Errors
-    /// [`VmmError::Gone`] when it no longer runs.
-    async fn reattach(&self, dir: &Path) -> Result<Box<dyn VmProcess>, VmmError>;
+    /// [`VmmError::Gone`] when it no longer runs. With every other error it does.
+    async fn reattach(&self, dir: &Path, limit: Duration) -> Result<Box<dyn VmProcess>, VmmError>;
+
+    /// Ends the VM that was started in `dir`, also when it does not answer. No error when there is none.
+    ///
+    /// # Errors
+    /// When the process does not end.
+    async fn kill(&self, dir: &Path) -> Result<(), VmmError>;
 }
 
 /// A running VMM. Dropping it leaves the VM running.
@@ -81,11 +91,13 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`VmmError`].
     async fn cont(&self) -> Result<Resumed, VmmError>;
-    /// Stops the CPUs.
+    /// The VM generation ID that the guest sees, as 36 characters: another in every VMM.
     ///
     /// # Errors
     /// [`VmmError`].
-    async fn stop_vcpus(&self) -> Result<(), VmmError>;
+    async fn generation_id(&self) -> Result<String, VmmError>;
+    /// Whether the process runs.
+    fn is_alive(&self) -> bool;
     /// The VMM's word for its state: `running`, `paused`, `inmigrate`, ...
     ///
     /// # Errors

@@ -156,13 +156,15 @@ pub(crate) fn arguments(spec: &MachineSpec, boot: &Boot, paths: &VmPaths, sandbo
     add("-m", format!("size={memory}b"));
     add("-smp", spec.cpus.to_string());
     add("-object", format!("memory-backend-file,id=ram,size={memory},mem-path={},share=on", path(&paths.ram)));
-    add("-machine", format!("{},memory-backend=ram,graphics=off", spec.machine));
+    // A description of the state's own format is for tools; it would be a third of the state.
+    add("-machine", format!("{},memory-backend=ram,graphics=off,suppress-vmdesc=on", spec.machine));
     add("-display", "none".to_owned());
     add("-vga", "none".to_owned());
     add("-rtc", "base=utc,clock=host".to_owned());
     add("-qmp", format!("unix:{},server=on,wait=off", path(&paths.qmp)));
-    let log = path(&paths.console_log);
-    add("-chardev", format!("socket,id=console,path={},server=on,wait=off,logfile={log}", path(&paths.console)));
+    // Appending, so that whoever cuts the file short leaves no hole in it.
+    let log = format!("logfile={},logappend=on", path(&paths.console_log));
+    add("-chardev", format!("socket,id=console,path={},server=on,wait=off,{log}", path(&paths.console)));
     add("-device", "isa-serial,chardev=console,index=0".to_owned());
     add("-chardev", format!("socket,id=agent,path={},server=on,wait=off", path(&paths.agent)));
     match spec.agent {

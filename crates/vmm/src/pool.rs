@@ -115,8 +115,8 @@ impl Pool {
                 inner.members.get_mut(spec).and_then(Vec::pop)
             };
             let Some(process) = member else { break };
-            // A member may have died while it waited.
-            if process.query_status().await.is_ok() {
+            // A member may have died while it waited. One that hangs is found out by what it is asked to do next.
+            if process.is_alive() {
                 return Ok(Claimed { process, was_warm: true });
             }
             discard(process).await;

@@ -58,7 +58,12 @@ impl VmmConfig {
     /// Debian's program, unprivileged and restricted.
     #[must_use]
     pub fn new(shim: PathBuf) -> Self {
-        Self { qemu: "qemu-system-x86_64".into(), shim: Some(shim), user: Some((64055, 64055)), sandbox: true }
+        Self {
+            qemu: "qemu-system-x86_64".into(),
+            shim: Some(shim),
+            user: Some((crate::QEMU_UID, crate::QEMU_UID)),
+            sandbox: true,
+        }
     }
 }
 
@@ -95,13 +100,31 @@ impl Qemu {
         Self { config, device }
     }
 
-    fn command(&self, spec: &MachineSpec, boot: &Boot, paths: &VmPaths) -> Result<Command, VmmError> {
+    /// The command, and the files that have to stay open until it has started.
+    fn command(&self, spec: &MachineSpec, boot: &Boot, paths: &VmPaths) -> Result<(Command, Vec<Inherited>), VmmError> {
+        // QEMU's user may not come to where these are, such as below a home directory.
+        let mut inherited = Vec::new();
+        let mut inherit = |path: &Path| -> Result<PathBuf, VmmError> {
+            let file = Inherited::open(path)?;
+            let path = file.path();
+            inherited.push(file);
+            Ok(path)
+        };
+        let boot = match boot {
+            Boot::Kernel { kernel, initrd, cmdline } => Boot::Kernel {
+                kernel: inherit(kernel)?,
+                initrd: initrd.as_deref().map(&mut inherit).transpose()?,
+                cmdline: cmdline.clone(),
+            },
+            Boot::Incoming => Boot::Incoming,
+        };
+        let shim = self.config.shim.as_deref().map(&mut inherit).transpose()?;
         let log = File::options().create(true).append(true).open(&paths.log).map_err(file_error("open", &paths.log))?;
         let log_too = log.try_clone().map_err(file_error("open", &paths.log))?;
         let name = paths.dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
         let mut command = Command::new(&self.config.qemu);
         command
-            .args(arguments(spec, boot, paths, self.config.sandbox, &name))
+            .args(arguments(spec, &boot, paths, self.config.sandbox, &name))
             .stdin(Stdio::null())
             .stdout(log)
             .stderr(log_too)
@@ -111,8 +134,8 @@ impl Qemu {
         if let Some((uid, gid)) = self.config.user {
             command.uid(uid).gid(if spec.accel == crate::Accel::Kvm { kvm_group().unwrap_or(gid) } else { gid });
         }
-        if let Some(shim) = &self.config.shim {
-            let mode = if *boot == Boot::Incoming { "late" } else { "boot" };
+        if let Some(shim) = shim {
+            let mode = if boot == Boot::Incoming { "late" } else { "boot" };
             command
                 .env("LD_PRELOAD", shim)
                 .env("RAMET_SHIM_SOCK", &paths.shim)
@@ -122,7 +145,7 @@ impl Qemu {
                 command.env("RAMET_SHIM_UFFD_DEV", device.as_raw_fd().to_string());
             }
         }
-        Ok(command)
+        Ok((command, inherited))
     }
 
     fn prepare_dir(&self, spec: &MachineSpec, paths: &VmPaths) -> Result<(), VmmError> {
@@ -140,15 +163,16 @@ impl Qemu {
     async fn start(&self, spec: &MachineSpec, boot: &Boot, paths: &VmPaths) -> Result<QemuProcess, VmmError> {
         spec.check()?;
         self.prepare_dir(spec, paths)?;
-        let mut command = self.command(spec, boot, paths)?;
+        let (mut command, inherited) = self.command(spec, boot, paths)?;
         let program = self.config.qemu.clone();
         let child = tokio::task::spawn_blocking(move || command.spawn()).await.map_err(io::Error::other).flatten();
+        drop(inherited);
         let child = child.map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => VmmError::NotInstalled { program: program.clone() },
             _ => VmmError::Spawn { program, source },
         })?;
         let process = Process::watch(child.id()).map_err(file_error("watch the process of", &paths.dir))?;
-        let qmp = match connect(paths, &process).await {
+        let qmp = match connect(paths, &process, START).await {
             Ok(qmp) => qmp,
             Err(err) => {
                 process.kill(KILL).await;
@@ -170,27 +194,64 @@ impl Qemu {
     }
 }
 
+/// A file that a child opens by the number that it inherits it under.
+#[derive(Debug)]
+struct Inherited(File);
+
+impl Inherited {
+    fn open(path: &Path) -> Result<Self, VmmError> {
+        let file = File::open(path).map_err(file_error("open", path))?;
+        rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty())
+            .map_err(io::Error::from)
+            .map_err(file_error("pass on", path))?;
+        Ok(Self(file))
+    }
+
+    /// Its path in the child, which opens it anew: with its own rights to the file, but none needed on the way to it.
+    fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+    }
+}
+
 /// The group that may use KVM.
-fn kvm_group() -> Option<u32> {
+pub(crate) fn kvm_group() -> Option<u32> {
     use std::os::unix::fs::MetadataExt;
     fs::metadata("/dev/kvm").ok().map(|m| m.gid())
 }
 
-async fn connect(paths: &VmPaths, process: &Process) -> Result<Qmp, VmmError> {
-    let deadline = Instant::now() + START;
+async fn connect(paths: &VmPaths, process: &Process, limit: Duration) -> Result<Qmp, VmmError> {
+    let begin = Instant::now();
     loop {
-        match Qmp::connect(&paths.qmp, START).await {
+        match Qmp::connect(&paths.qmp, limit).await {
             Ok(qmp) => return Ok(qmp),
             Err(err) => {
                 if let Some(exit) = process.exited() {
                     return Err(VmmError::Died { exit: exit.to_string(), words: tail(&paths.log) });
                 }
-                if Instant::now() > deadline {
+                if begin.elapsed() > limit {
                     return Err(err);
                 }
-                tokio::time::sleep(Duration::from_millis(3)).await;
+                let soon = begin.elapsed() < Duration::from_secs(2);
+                tokio::time::sleep(Duration::from_millis(if soon { 3 } else { 100 })).await;
             }
         }
+    }
+}
+
+/// The process of a VM on record. Only one that runs no more is gone.
+fn find(paths: &VmPaths) -> Result<(Process, MachineSpec), VmmError> {
+    let gone = || VmmError::Gone { dir: paths.dir.clone() };
+    let text = fs::read(&paths.record).map_err(|_| gone())?;
+    let record: Record = serde_json::from_slice(&text).map_err(|_| gone())?;
+    if start_time(record.pid).ok() != Some(record.started) {
+        return Err(gone());
+    }
+    match Process::watch(record.pid) {
+        // Another process may have the number by now.
+        Ok(process) if process.started != record.started => Err(gone()),
+        Ok(process) => Ok((process, record.spec)),
+        Err(_) if start_time(record.pid).ok() != Some(record.started) => Err(gone()),
+        Err(err) => Err(file_error("watch the process of", &paths.dir)(err)),
     }
 }
 
@@ -207,17 +268,24 @@ impl Vmm for Qemu {
         Ok(Box::new(started))
     }
 
-    async fn reattach(&self, dir: &Path) -> Result<Box<dyn VmProcess>, VmmError> {
+    async fn reattach(&self, dir: &Path, limit: Duration) -> Result<Box<dyn VmProcess>, VmmError> {
         let paths = VmPaths::new(dir);
-        let gone = || VmmError::Gone { dir: dir.to_owned() };
-        let text = fs::read(&paths.record).map_err(|_| gone())?;
-        let record: Record = serde_json::from_slice(&text).map_err(|_| gone())?;
-        if start_time(record.pid).ok() != Some(record.started) {
-            return Err(gone());
+        let (process, spec) = find(&paths)?;
+        let gone = |err| match err {
+            VmmError::Died { .. } => VmmError::Gone { dir: dir.to_owned() },
+            err => err,
+        };
+        let qmp = connect(&paths, &process, limit).await.map_err(gone)?;
+        Ok(Box::new(QemuProcess::new(paths, spec, process, qmp)))
+    }
+
+    async fn kill(&self, dir: &Path) -> Result<(), VmmError> {
+        match find(&VmPaths::new(dir)) {
+            Ok((process, _)) if process.kill(KILL).await => Ok(()),
+            Ok(_) => Err(VmmError::Timeout { command: "SIGKILL".to_owned(), limit: KILL }),
+            Err(VmmError::Gone { .. }) => Ok(()),
+            Err(err) => Err(err),
         }
-        let process = Process::watch(record.pid).map_err(|_| gone())?;
-        let qmp = connect(&paths, &process).await?;
-        Ok(Box::new(QemuProcess::new(paths, record.spec, process, qmp)))
     }
 }
 
@@ -401,8 +469,13 @@ impl VmProcess for QemuProcess {
         Ok(Resumed { at: at.unwrap_or_else(SystemTime::now) })
     }
 
-    async fn stop_vcpus(&self) -> Result<(), VmmError> {
-        self.execute("stop", Value::Null).await.map(drop)
+    async fn generation_id(&self) -> Result<String, VmmError> {
+        let answer = self.execute("query-vm-generation-id", Value::Null).await?;
+        Ok(answer.get("guid").and_then(Value::as_str).unwrap_or_default().to_owned())
+    }
+
+    fn is_alive(&self) -> bool {
+        self.process.exited().is_none()
     }
 
     async fn query_status(&self) -> Result<String, VmmError> {

@@ -12,6 +12,9 @@ use std::{
     time::Duration,
 };
 
+/// Longer than any QEMU takes to answer.
+const LIMIT: Duration = Duration::from_secs(30);
+
 /// `None`, said loudly, where QEMU is missing.
 fn qemu() -> Option<Arc<dyn Vmm>> {
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
@@ -20,7 +23,7 @@ fn qemu() -> Option<Arc<dyn Vmm>> {
     }
     let shim = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("libramet_shim.so");
     assert!(shim.exists(), "build the workspace first: {} is missing", shim.display());
-    let user = rustix::process::geteuid().is_root().then_some((64055, 64055));
+    let user = rustix::process::geteuid().is_root().then_some((ramet_vmm::QEMU_UID, ramet_vmm::QEMU_UID));
     Some(Arc::new(Qemu::new(VmmConfig { user, ..VmmConfig::new(shim) })))
 }
 
@@ -107,13 +110,35 @@ async fn a_vm_outlives_its_daemon_and_is_found_again() {
     let parent = firmware(&vmm, dir.path()).await;
     let (pid, place) = (parent.pid(), parent.paths().dir.clone());
     drop(parent);
-    let again = vmm.reattach(&place).await.unwrap();
+    let again = vmm.reattach(&place, LIMIT).await.unwrap();
     assert_eq!(again.pid(), pid);
     assert_eq!(again.query_status().await.unwrap(), "running");
     again.kill().await.unwrap();
-    assert!(matches!(vmm.reattach(&place).await, Err(VmmError::Gone { .. })));
+    assert!(matches!(vmm.reattach(&place, LIMIT).await, Err(VmmError::Gone { .. })));
     let left: Vec<_> = std::fs::read_dir(&place).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert!(left.iter().all(|n| n.to_str().is_some_and(|n| n.ends_with(".log"))), "{left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_does_not_answer_is_not_gone_and_can_be_ended() {
+    let Some(vmm) = qemu() else { return };
+    let dir = dir();
+    let vm = firmware(&vmm, dir.path()).await;
+    let (pid, place) = (vm.pid(), vm.paths().dir.clone());
+    drop(vm);
+    assert!(Command::new("kill").args(["-STOP", &pid.to_string()]).status().unwrap().success());
+    for _ in 0..4 {
+        let err = vmm.reattach(&place, Duration::from_millis(300)).await.unwrap_err();
+        assert!(!matches!(err, VmmError::Gone { .. }), "{err}");
+    }
+    assert!(Command::new("kill").args(["-CONT", &pid.to_string()]).status().unwrap().success());
+    let again = vmm.reattach(&place, LIMIT).await.unwrap();
+    assert_eq!(again.pid(), pid);
+    assert!(Command::new("kill").args(["-STOP", &pid.to_string()]).status().unwrap().success());
+    vmm.kill(&place).await.unwrap();
+    assert!(matches!(vmm.reattach(&place, LIMIT).await, Err(VmmError::Gone { .. })));
+    vmm.kill(&place).await.unwrap();
+    vmm.kill(&dir.path().join("nosuch")).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -163,4 +188,35 @@ async fn a_pool_fills_is_claimed_and_leaves_nothing() {
     }
     pool.drain().await;
     assert_eq!(std::fs::read_dir(&place).unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_machine_has_a_generation_id_of_its_own() {
+    let Some(vmm) = qemu() else { return };
+    let dir = dir();
+    let mut seen = std::collections::BTreeSet::new();
+    for name in ["a", "b", "c"] {
+        let vm = vmm.launch(&spec(), Boot::Incoming, &dir.path().join(name)).await.unwrap();
+        let id = vm.generation_id().await.unwrap();
+        assert_eq!(id.len(), 36, "{id}");
+        assert!(seen.insert(id), "two machines have the same");
+        vm.kill().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_that_qemus_user_cannot_reach_boots_all_the_same() {
+    let Some(vmm) = qemu() else { return };
+    let dir = dir();
+    let hidden = dir.path().join("hidden");
+    std::fs::create_dir(&hidden).unwrap();
+    let parent = firmware(&vmm, dir.path()).await;
+    parent.kill().await.unwrap();
+    std::fs::rename(dir.path().join("kernel"), hidden.join("kernel")).unwrap();
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(&hidden, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let boot = Boot::Kernel { kernel: hidden.join("kernel"), initrd: None, cmdline: String::new() };
+    let vm = vmm.launch(&spec(), boot, &dir.path().join("again")).await.unwrap();
+    assert_eq!(vm.query_status().await.unwrap(), "running");
+    vm.kill().await.unwrap();
 }

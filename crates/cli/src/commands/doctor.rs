@@ -6,7 +6,10 @@ use anyhow::Result;
 use ramet_client::api::{DoctorReport, Finding, FindingStatus};
 
 use ramet_image::ImageStore;
-use ramet_vmm::doctor::{DoctorConfig, Status};
+use ramet_vmm::{
+    QEMU_UID,
+    doctor::{DoctorConfig, Status},
+};
 
 use crate::{args::ImageDirArg, context::Context, output, terminal};
 
@@ -24,7 +27,9 @@ pub(crate) async fn run(context: &Context, args: &ImageDirArg) -> Result<ExitCod
 /// The daemon's own probe, run from here: it works before there is a daemon.
 async fn probe(image_dir: &Path) -> Vec<Finding> {
     let tiny = ImageStore::new(image_dir).load(ramet_image::TINY_NAME).ok();
-    let config = DoctorConfig { qemu: QEMU.into(), tiny_guest: tiny.map(|image| image.kernel()) };
+    // As rametd does it by default.
+    let user = rustix::process::geteuid().is_root().then_some((QEMU_UID, QEMU_UID));
+    let config = DoctorConfig { qemu: QEMU.into(), tiny_guest: tiny.map(|image| image.kernel()), user };
     let finding = |f: ramet_vmm::doctor::Finding| Finding {
         name: f.name,
         status: match f.status {

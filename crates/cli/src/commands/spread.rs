@@ -65,7 +65,7 @@ fn request(spread: &SpreadArgs, lease: Option<&Lease>) -> Result<CloneRequest> {
 }
 
 fn clones(clones: &[CloneResult]) -> String {
-    let mut rows = Rows::new(&[">#", "NAME", "HOST", ">RUNNING", ">ANSWERED", "QEMU"]);
+    let mut rows = Rows::new(&[">#", "NAME", "HOST", ">RUNNING", ">ANSWERED", ">READY", "QEMU"]);
     for clone in clones {
         rows.add([
             clone.vm.clone_number.to_string(),
@@ -73,6 +73,7 @@ fn clones(clones: &[CloneResult]) -> String {
             clone.vm.host.clone(),
             us(clone.running_us),
             clone.answered_us.map_or_else(|| "-".to_owned(), us),
+            clone.ready_us.map_or_else(|| "-".to_owned(), us),
             if clone.warm { "from the pool" } else { "started for it" }.to_owned(),
         ]);
     }

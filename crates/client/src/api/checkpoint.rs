@@ -10,7 +10,7 @@ use super::VmInfo;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Timeline {
     /// The phases in order. Of a clone: `claim`, `remap`, `attach`, `load`, `wait` (for its siblings), `continue`,
-    /// `first_answer`; on another host before them `send` and `import`. Of a parent: `attach` (the first time),
+    /// `first_answer`, `identity`; on another host before them `send` and `import`. Of a parent: `attach` (the first time),
     /// `prepare`, `save`, `commit`, `resume`; `pause` is the part of these from STOP to RESUME.
     pub phases: Vec<Phase>,
     /// From the request to the end of the last phase.
@@ -206,9 +206,12 @@ pub struct CloneResult {
     pub vm: VmInfo,
     /// From the request to its CPUs running.
     pub running_us: u64,
-    /// From the request to its agent's answer (identity set, entropy reseeded, clock set); none: not waited for.
+    /// From the request to the agent's first answer; none: not waited for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answered_us: Option<u64>,
+    /// From the request to the agent's word that identity, clock and entropy are the clone's own; none: not waited for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready_us: Option<u64>,
     /// Whether a pre-started QEMU was ready in the pool.
     pub warm: bool,
     /// Its phases.
@@ -241,7 +244,7 @@ pub struct ForkResponse {
 /// First line on a lease's connection.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct LeaseInfo {
-    /// To be given in [`CloneRequest::lease`] and [`RunRequest::lease`].
+    /// To be given in [`CloneRequest::lease`] and `RunRequest::lease`.
     pub lease: String,
 }
 

@@ -15,7 +15,7 @@ pub struct HostInfo {
     pub name: String,
     /// Ramet's version.
     pub version: String,
-    /// [`API_VERSION`].
+    /// `API_VERSION`.
     pub api_version: u32,
     /// What new VMs run on.
     pub accel: AccelKind,
@@ -44,7 +44,7 @@ pub struct HostInfo {
     pub image_dir: String,
 }
 
-/// Limits of a host; a request beyond one fails with [`ErrorCode::LimitReached`].
+/// Limits of a host; a request beyond one fails with `ErrorCode::LimitReached`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Limits {

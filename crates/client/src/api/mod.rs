@@ -3,7 +3,7 @@
 //! Every type is JSON by serde and described in the OpenAPI document by utoipa. Conventions:
 //!
 //! - names of fields carry their unit: `_us` microseconds, `_ms` milliseconds, `_s` seconds, `_unix_ms` milliseconds
-//!   since 1970, `_bytes` bytes; [`ByteSize`] is a plain number of bytes;
+//!   since 1970, `_bytes` bytes; `ByteSize` is a plain number of bytes;
 //! - identifiers are 32 lowercase hex digits; paths accept a VM's name, its id, or a unique prefix of at least 4 digits;
 //! - optional fields may be left out; unknown fields are refused in requests, so that a typing error is never silent.
 

@@ -65,13 +65,13 @@ pub struct PeerCloneRequest {
     pub clones: Vec<PeerClone>,
     /// Guest image of the root VM.
     pub image: String,
-    /// As in [`CloneRequest`].
+    /// As in [`CloneRequest`](super::CloneRequest).
     #[serde(default)]
     pub ttl_s: Option<u64>,
     /// A lease on the peer's daemon.
     #[serde(default)]
     pub lease: Option<String>,
-    /// As in [`CloneRequest`].
+    /// As in [`CloneRequest`](super::CloneRequest).
     pub wait_agent_s: u64,
 }
 

@@ -24,8 +24,11 @@ use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-/// How often the handshake is repeated until the agent answers.
-pub const HELLO_INTERVAL: Duration = Duration::from_millis(20);
+/// How soon the handshake is repeated when the agent does not answer; then ever later, up to [`HELLO_LATEST`]. A guest
+/// that is slow must not have to read its own questions' repetitions before it can answer one.
+pub const HELLO_INTERVAL: Duration = Duration::from_millis(100);
+/// The longest pause between two handshakes.
+pub const HELLO_LATEST: Duration = Duration::from_secs(1);
 /// How often connecting is tried while there is no socket yet.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(5);
 /// How long an answer, or any progress of a file, is waited for.
@@ -216,6 +219,7 @@ async fn shake_hands(
     let mut decoder = Decoder::new();
     let mut buffer = vec![0; 32 * 1024];
     let mut next_hello = Instant::now();
+    let mut interval = HELLO_INTERVAL;
     loop {
         if Instant::now() >= next_hello {
             match socket.try_write(&hello) {
@@ -224,7 +228,8 @@ async fn shake_hands(
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(AgentError::disconnected(error)),
             }
-            next_hello = Instant::now() + HELLO_INTERVAL;
+            next_hello = Instant::now() + interval;
+            interval = (interval * 3 / 2).min(HELLO_LATEST);
         }
         if timeout_at(next_hello.min(deadline), socket.readable()).await.is_err() {
             if Instant::now() >= deadline {

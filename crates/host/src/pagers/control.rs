@@ -133,7 +133,7 @@ impl Control {
     /// # Errors
     /// [`PagerError`].
     pub async fn checkpoint_commit(&self, vm: VmId) -> Result<CommitReply> {
-        self.call(&Request::CheckpointCommit { vm }, false, CALL).await
+        self.call_now(&Request::CheckpointCommit { vm }, false, CALL, Duration::ZERO).await
     }
 
     /// Gives the prepared checkpoint up. No error when there is none.
@@ -155,7 +155,8 @@ impl Control {
         self.call::<SpecReply>(&Request::ImageSpec { image }, true, CALL).await.map(|r| r.path)
     }
 
-    /// Adds an image of another host. No error when it is there already.
+    /// Adds an image of another host. No error when it is there already: then the pager learns where its pages come from
+    /// now.
     ///
     /// # Errors
     /// [`PagerError`].
@@ -215,13 +216,24 @@ impl Control {
     }
 
     async fn call<T: DeserializeOwned>(&self, request: &Request, again: bool, limit: Duration) -> Result<T> {
+        self.call_now(request, again, limit, RECONNECT).await
+    }
+
+    /// The same, with another patience towards a pager that is not there.
+    async fn call_now<T: DeserializeOwned>(
+        &self,
+        request: &Request,
+        again: bool,
+        limit: Duration,
+        patience: Duration,
+    ) -> Result<T> {
         let deadline = Instant::now() + limit;
         let lost = |message: String| PagerError::Lost { path: self.path.clone(), message };
         let mut line = serde_json::to_vec(request).map_err(|e| lost(e.to_string()))?;
         line.push(b'\n');
         let mut kept = true;
         loop {
-            let (mut connection, fresh) = self.connection(kept, deadline).await?;
+            let (mut connection, fresh) = self.connection(kept, deadline.min(Instant::now() + patience)).await?;
             match timeout_at(deadline, exchange(&mut connection, &line)).await {
                 Ok(Ok(answer)) => {
                     let response =
@@ -260,7 +272,6 @@ impl Control {
                 }
             }
         }
-        let deadline = deadline.min(Instant::now() + RECONNECT);
         let mut pause = Duration::from_millis(1);
         loop {
             match UnixStream::connect(&self.path).await {
@@ -335,6 +346,24 @@ mod tests {
         let err = Control::new(&path).checkpoint_commit(VmId::from_u128(1)).await.unwrap_err();
         assert!(matches!(err, PagerError::Lost { .. }), "{err}");
         assert_eq!(served.await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_commit_does_not_wait_for_a_pager_that_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let control = Control::new(&path);
+        // Never there; then: gone, with its socket and a kept connection left behind.
+        for _ in 0..2 {
+            let begin = Instant::now();
+            let err = control.checkpoint_commit(VmId::from_u128(1)).await.unwrap_err();
+            assert!(matches!(err, PagerError::Unreachable { .. } | PagerError::Lost { .. }), "{err}");
+            assert!(begin.elapsed() < Duration::from_secs(2), "the VM stands still meanwhile");
+            let _ = std::fs::remove_file(&path);
+            let served = pager(&path, vec![Some(PONG)]);
+            control.ping(CALL).await.unwrap();
+            served.await.unwrap();
+        }
     }
 
     #[tokio::test]

@@ -125,7 +125,11 @@ impl Pagers {
             ending: AtomicBool::new(false),
             ended: Notify::new(),
         });
-        let found = pager.control.ping(Duration::from_millis(200)).await.ok().map(|pong| pong.pid);
+        let found = pager.control.ping(Duration::from_millis(200)).await.ok();
+        if let Some(warning) = found.as_ref().and_then(|pong| other_version(&pong.version)) {
+            tracing::warn!(%family, "{warning}");
+        }
+        let found = found.map(|pong| pong.pid);
         let pidfd = match found.and_then(|pid| open(pid).map(|fd| (pid, fd))) {
             Some((pid, fd)) => {
                 tracing::info!(%family, pid, "found the pager");
@@ -229,6 +233,17 @@ impl Pagers {
     }
 }
 
+/// What to say of a pager of another release than this daemon's, which began under the daemon before.
+fn other_version(pager: &str) -> Option<String> {
+    let ours = env!("CARGO_PKG_VERSION");
+    (pager != ours).then(|| {
+        format!(
+            "The pager that runs is of version {pager}, this rametd of version {ours}: they may not understand each \
+             other. Remove the family's VMs and checkpoints to end it, or run the rametd that started it"
+        )
+    })
+}
+
 fn log_file(config: &Config, pager: &Pager) -> PathBuf {
     config.logs().join(format!("pager-{}.log", pager.family.short()))
 }
@@ -320,5 +335,17 @@ async fn supervise(config: Arc<Config>, stats: Arc<Stats>, pager: Arc<Pager>, mu
             }
         }
         started = Instant::now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pager_of_another_release_is_named_with_both_versions() {
+        assert_eq!(other_version(env!("CARGO_PKG_VERSION")), None);
+        let warning = other_version("9.8.7").unwrap();
+        assert!(warning.contains("9.8.7") && warning.contains(env!("CARGO_PKG_VERSION")), "{warning}");
     }
 }

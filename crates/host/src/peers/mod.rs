@@ -57,6 +57,24 @@ impl Connect for Tls {
     }
 }
 
+/// Waits for another host's answer, at most so long.
+///
+/// # Errors
+/// The host's own; [`ErrorCode::HostUnreachable`] when there is no answer in time.
+pub(crate) async fn ask<T>(
+    host: &str,
+    limit: Duration,
+    answer: impl Future<Output = Result<T, ramet_client::Error>>,
+) -> ApiResult<T> {
+    match tokio::time::timeout(limit, answer).await {
+        Ok(answer) => answer.map_err(|e| from_peer(host, e)),
+        Err(_) => Err(ApiError::new(
+            ErrorCode::HostUnreachable,
+            format!("Host '{host}' did not answer within {} s", limit.as_secs()),
+        )),
+    }
+}
+
 /// The other hosts of the group.
 #[derive(Debug)]
 pub struct Peers {
@@ -159,13 +177,7 @@ impl Peers {
         let begin = std::time::Instant::now();
         let asked = async {
             let client = self.client(&peer.name)?;
-            match tokio::time::timeout(LIVENESS, client.info()).await {
-                Ok(info) => info.map_err(|e| from_peer(&peer.name, e)),
-                Err(_) => Err(ApiError::new(
-                    ErrorCode::HostUnreachable,
-                    format!("Host '{}' did not answer within {} s", peer.name, LIVENESS.as_secs()),
-                )),
-            }
+            ask(&peer.name, LIVENESS, client.info()).await
         };
         let mut entry = HostEntry {
             name: peer.name.clone(),
@@ -216,6 +228,14 @@ mod tests {
         let again = peers(&dir);
         assert_eq!(again.hosts(), [h2]);
         assert!(again.client("h9").unwrap_err().to_string().contains("known hosts: h2"));
+    }
+
+    #[tokio::test]
+    async fn a_host_that_is_silent_is_not_waited_for() {
+        let limit = Duration::from_secs(1);
+        let err = ask("h2", limit, std::future::pending::<Result<(), _>>()).await.unwrap_err();
+        assert_eq!(err.code(), ErrorCode::HostUnreachable);
+        assert!(err.to_string().contains("Host 'h2' did not answer within 1 s (see `ramet host ls`"), "{err}");
     }
 
     #[tokio::test]

@@ -22,7 +22,12 @@ pub async fn lab(name: &str, hosts: u8) -> Lab {
 }
 
 pub fn tiny_request(name: &str) -> api::RunRequest {
-    api::RunRequest { name: Some(name.into()), memory: TINY, accel: Some(api::AccelKind::Tcg), ..api::RunRequest::new("tiny") }
+    api::RunRequest {
+        name: Some(name.into()),
+        memory: TINY,
+        accel: Some(api::AccelKind::Tcg),
+        ..api::RunRequest::new("tiny")
+    }
 }
 
 pub async fn run_tiny(client: &Client, name: &str) -> api::VmInfo {
@@ -130,6 +135,7 @@ pub async fn assert_nothing_left(lab: &Lab, host: usize) {
     .await;
     let info = client.info().await.unwrap();
     let pages = std::path::Path::new(&info.state_dir).join("pages");
-    let left = || std::fs::read_dir(&pages).map(|dir| dir.flatten().map(|e| e.path()).collect::<Vec<_>>()).unwrap_or_default();
+    let left =
+        || std::fs::read_dir(&pages).map(|dir| dir.flatten().map(|e| e.path()).collect::<Vec<_>>()).unwrap_or_default();
     until("no page file is left", || async { left().is_empty() }).await;
 }

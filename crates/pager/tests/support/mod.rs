@@ -10,16 +10,18 @@ use ramet_memory::{ByteSize, FamilyId, ImageId, LayerId, PageIndex, VmId};
 use ramet_pager::{
     control::{SourceAddress, View},
     family::Family,
+    server,
     source::SourceConfig,
 };
-use ramet_wire::stream::{Options, TlsConfig, TlsFiles};
+use ramet_wire::stream::{Listener, Options, TlsConfig, TlsFiles};
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::{Arc, mpsc},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// The longest that anything here may take; a fault that nobody serves fails a test instead of hanging it.
@@ -124,6 +126,12 @@ impl MemoryVm {
         assert_eq!(self.answer().as_deref(), Some("ok"), "page {page} could not be written");
     }
 
+    /// kill -9.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
     pub fn attach(&self, family: &Arc<Family>, view: View) {
         family.attach(self.id, &self.shim_sock, self.pid(), view).unwrap();
     }
@@ -142,6 +150,88 @@ pub fn checkpoint(family: &Arc<Family>, vm: VmId) -> ImageId {
     family.prepare(vm, image, LayerId::random()).unwrap();
     family.commit(vm).unwrap();
     image
+}
+
+/// A family on a "host" of its own that serves its pages.
+pub struct Host {
+    pub family: Arc<Family>,
+    listener: Arc<Listener>,
+}
+
+impl Host {
+    pub fn start(dir: &Path, id: FamilyId, tls: &TlsConfig, addr: &str) -> Self {
+        fs::create_dir_all(dir).unwrap();
+        let family = family(dir, id, Some(tls.clone()));
+        let listener = Arc::new(Listener::bind(addr.parse().unwrap(), tls, &Options::default()).unwrap());
+        let (l, f) = (listener.clone(), family.clone());
+        std::thread::spawn(move || server::serve(&l, &f, id, "host"));
+        Self { family, listener }
+    }
+
+    pub fn address(&self) -> SourceAddress {
+        source_at(self.listener.local_addr())
+    }
+
+    pub fn take(&self, image: ImageId, from: &Host) {
+        let spec = from.family.write_spec(image).unwrap();
+        self.family.add_image(image, &spec, &from.address()).unwrap();
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.listener.close();
+    }
+}
+
+/// How many entries a directory has.
+pub fn count(dir: &Path) -> usize {
+    fs::read_dir(dir).unwrap().count()
+}
+
+/// Waits until `found` finds something.
+pub fn soon<T>(what: &str, found: impl Fn() -> Option<T>) -> T {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        if let Some(found) = found() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "{what}: it never was");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A file that fills a tmpfs up.
+pub struct Filler(fs::File);
+
+impl Filler {
+    /// Leaves room for `pages` pages.
+    pub fn fill(dir: &Path, pages: u64) -> Self {
+        let filler = Self(fs::File::create(dir.join("filler")).unwrap());
+        filler.take_all();
+        filler.give(pages);
+        filler
+    }
+
+    /// Takes all the room that there is.
+    pub fn take_all(&self) {
+        let mut len = self.0.metadata().unwrap().len();
+        while self.0.write_all_at(&[1; 4096], len).is_ok() {
+            len += 4096;
+        }
+        self.0.set_len(len).unwrap();
+    }
+
+    /// Gives some room back.
+    pub fn give(&self, pages: u64) {
+        let len = self.0.metadata().unwrap().len();
+        self.0.set_len(len - pages * 4096).unwrap();
+    }
+
+    /// Gives all the room back.
+    pub fn empty(&self) {
+        self.0.set_len(0).unwrap();
+    }
 }
 
 /// Certificates of a CA and one host, `host`, in `dir`.
