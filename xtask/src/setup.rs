@@ -118,7 +118,9 @@ fn build(root: &Path, profile: Profile) -> Result<Built> {
     let directory = profile.directory();
     step(&format!("Building Ramet ({directory})"));
     let with_profile = |tool: Tool| if profile == Profile::Release { tool.arg("--release") } else { tool };
-    with_profile(Tool::cargo(root).args(["build", "--workspace", "--bins", "--lib"])).run()?;
+    let tool = with_profile(Tool::cargo(root).args(["build", "--workspace", "--bins", "--lib"]));
+    // Tests run some examples as programs of their own.
+    if profile == Profile::Dev { tool.arg("--examples") } else { tool }.run()?;
     step("Building the guest's agent (static) and the tiny guest");
     agent_build(root).run()?;
     tiny_build(root).run()?;

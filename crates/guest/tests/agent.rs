@@ -120,13 +120,20 @@ async fn a_terminal_is_one() {
 
     let mut session = client.exec(sh("echo ready; exec sleep 60").tty(0, 0)).unwrap();
     assert!(matches!(session.next().await.unwrap(), Some(ExecEvent::Stdout(_))));
-    session.stdin.as_mut().unwrap().write_all(b"\x03").await.unwrap();
+    // More than once: a shell that is about to become another program loses the first.
+    let mut stdin = session.stdin.take().unwrap();
+    let typing = tokio::spawn(async move {
+        while stdin.write_all(b"\x03").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
     loop {
         match session.next().await.unwrap().unwrap() {
             ExecEvent::Exit(code) => break assert_eq!(code, 128 + 2, "control-C interrupts"),
             other => drop(other),
         }
     }
+    typing.abort();
 }
 
 #[tokio::test]

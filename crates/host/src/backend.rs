@@ -113,6 +113,14 @@ pub async fn cont(process: &Arc<dyn VmProcess>) -> ApiResult<SystemTime> {
     process.cont().await.map(|resumed| resumed.at).map_err(|e| failed("QEMU could not go on", e))
 }
 
+/// Has a VM go on by itself once its devices are loaded.
+///
+/// # Errors
+/// When QEMU fails.
+pub async fn start_when_loaded(process: &Arc<dyn VmProcess>) -> ApiResult<()> {
+    process.start_when_loaded().await.map_err(|e| failed("QEMU could not be prepared", e))
+}
+
 /// Loads a VM's devices.
 ///
 /// # Errors

@@ -6,10 +6,11 @@ use std::{
 };
 
 use ramet_client::api::{CloneResult, ErrorCode, Timeline, VmInfo};
-use ramet_guest::host::AgentClient;
+use ramet_guest::host::{AgentClient, AgentError};
 use ramet_memory::VmId;
 use ramet_pager::control::View;
-use tokio::net::UnixStream;
+use ramet_vmm::AgentPort;
+use tokio::{net::UnixStream, task::JoinHandle};
 
 use crate::{
     backend,
@@ -50,10 +51,33 @@ impl LocalClone {
 struct Loaded {
     clone: NewClone,
     running: Arc<Running>,
-    /// Connected to the agent's port, which nobody serves yet.
-    agent: Option<UnixStream>,
+    agent: FirstQuestion,
+    /// Its CPUs run already.
+    runs: bool,
     warm: bool,
     clock: Clock,
+}
+
+/// The first connection to a clone's agent.
+enum FirstQuestion {
+    /// Connected; nobody serves the other end yet.
+    Connected(UnixStream),
+    /// The question waits in the port.
+    Asked(JoinHandle<Result<AgentClient, AgentError>>),
+    /// It is left to whoever needs the agent.
+    None,
+}
+
+impl FirstQuestion {
+    fn ask(self, wait_agent: Duration) -> Self {
+        match self {
+            Self::Connected(_) if wait_agent.is_zero() => Self::None,
+            Self::Connected(socket) => {
+                Self::Asked(tokio::spawn(async move { AgentClient::over(socket, wait_agent).await }))
+            }
+            other => other,
+        }
+    }
 }
 
 impl Daemon {
@@ -68,11 +92,14 @@ impl Daemon {
         begin: Instant,
     ) -> Result<Vec<LocalClone>, Vec<ApiError>> {
         let pager = self.pager(record.family).await.map_err(|e| vec![e])?;
+        // One that waits for no sibling goes on at once. A serial port would take the first question before its state is
+        // loaded, and lose it.
+        let at_once = clones.len() == 1 && record.spec.agent == AgentPort::VirtioSerial;
         let loaded = all(clones.into_iter().map(|clone| {
             let (daemon, record, state, pager) = (self.clone(), record.clone(), state.clone(), pager.clone());
             async move {
                 let (id, context) = (clone.id, format!("Clone '{}'", clone.name));
-                let loaded = daemon.load(&record, &state, clone, &pager, begin).await;
+                let loaded = daemon.load(&record, &state, clone, &pager, at_once.then_some(wait_agent), begin).await;
                 if loaded.is_err() {
                     // Also when its record has gone meanwhile.
                     daemon.release(id).await;
@@ -94,12 +121,14 @@ impl Daemon {
         Ok(made)
     }
 
+    /// `at_once`: its CPUs are to start as soon as it is loaded, and its agent is asked before that, for so long.
     async fn load(
         self: &Arc<Self>,
         record: &CheckpointRecord,
         state: &[u8],
         clone: NewClone,
         pager: &Pager,
+        at_once: Option<Duration>,
         begin: Instant,
     ) -> ApiResult<Loaded> {
         let mut clock = Clock::new(begin);
@@ -111,25 +140,36 @@ impl Daemon {
             ApiResult::Ok(vm.clone())
         })?;
         // Before the devices are loaded: the guest then finds its host connected, as it was in the parent.
-        let agent = UnixStream::connect(running.process.agent_socket()).await.ok();
+        let mut agent = match UnixStream::connect(running.process.agent_socket()).await {
+            Ok(socket) => FirstQuestion::Connected(socket),
+            Err(_) => FirstQuestion::None,
+        };
         clock.lap("claim");
-        let attached = self.attach(&running, &vm, pager, View::Image(record.id)).await?;
+        let attach = self.attach(&running, &vm, pager, View::Image(record.id));
+        let attached = if let Some(wait_agent) = at_once {
+            agent = agent.ask(wait_agent);
+            let (attached, told) = tokio::join!(attach, backend::start_when_loaded(&running.process));
+            told?;
+            attached?
+        } else {
+            attach.await?
+        };
         clock.part("remap", attached.remap_us);
         clock.lap("attach");
         backend::load_state(&running.process, state).await?;
         clock.lap("load");
-        Ok(Loaded { clone, running, agent, warm: claimed.warm, clock })
+        Ok(Loaded { clone, running, agent, runs: at_once.is_some(), warm: claimed.warm, clock })
     }
 
     async fn go_on(self: &Arc<Self>, loaded: Loaded, wait_agent: Duration, begin: Instant) -> ApiResult<LocalClone> {
-        let Loaded { clone, running, agent, warm, mut clock } = loaded;
+        let Loaded { clone, running, agent, runs, warm, mut clock } = loaded;
         let context = format!("Clone '{}'", clone.name);
         clock.lap("wait");
         // The first question waits in the port when the CPUs start.
-        let hello = agent
-            .filter(|_| !wait_agent.is_zero())
-            .map(|socket| tokio::spawn(async move { AgentClient::over(socket, wait_agent).await }));
-        backend::cont(&running.process).await.map_err(|e| e.context(&context))?;
+        let agent = agent.ask(wait_agent);
+        if !runs {
+            backend::cont(&running.process).await.map_err(|e| e.context(&context))?;
+        }
         clock.lap("continue");
         let running_us = us(begin.elapsed());
         let (mut answered_us, mut ready_us) = (None, None);
@@ -138,10 +178,9 @@ impl Daemon {
             tokio::spawn(async move { daemon.greet(&running, Duration::from_secs(60)).await });
         } else {
             // Where this connection fails the next step makes another.
-            if let Some(Ok(Ok(client))) = match hello {
-                Some(hello) => Some(hello.await),
-                None => None,
-            } {
+            if let FirstQuestion::Asked(asked) = agent
+                && let Ok(Ok(client)) = asked.await
+            {
                 *running.agent.lock().await = Some(Arc::new(client));
             }
             let silent = |e: ApiError| e.context(&context);

@@ -81,7 +81,14 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`VmmError`]; the guest runs on.
     async fn save_state(&self) -> Result<SavedState, VmmError>;
-    /// Loads devices' state into a VM that waits for it. Its CPUs are stopped when this returns.
+    /// Has the CPUs of a VM that waits for a state start by themselves once it is loaded. Asked for beforehand, that costs
+    /// no time between the two.
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    async fn start_when_loaded(&self) -> Result<(), VmmError>;
+    /// Loads devices' state into a VM that waits for it. Its CPUs are stopped when this returns, or run after
+    /// [`VmProcess::start_when_loaded`].
     ///
     /// # Errors
     /// [`VmmError`], with the VMM's last words; the VM is good for nothing then.

@@ -434,6 +434,11 @@ impl VmProcess for QemuProcess {
         }
     }
 
+    async fn start_when_loaded(&self) -> Result<(), VmmError> {
+        // While a state is waited for, this says what is to be done after it.
+        self.execute("cont", Value::Null).await.map(drop)
+    }
+
     async fn load_state(&self, state: &[u8]) -> Result<(), VmmError> {
         let stream = self.incoming.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(stream) = stream else {

@@ -89,6 +89,13 @@ async fn a_state_is_saved_again_and_again_and_loads() {
         let second = clone.load_state(&saved.bytes).await.unwrap_err().to_string();
         assert!(second.contains("does not wait"), "{second}");
         clone.kill().await.unwrap();
+        let hasty = vmm.launch(&spec(), Boot::Incoming, &dir.path().join("hasty")).await.unwrap();
+        copy_memory(&*parent, &*hasty, &dir.path().join("memory"));
+        hasty.start_when_loaded().await.unwrap();
+        assert_eq!(hasty.query_status().await.unwrap(), "inmigrate");
+        hasty.load_state(&saved.bytes).await.unwrap();
+        assert_eq!(hasty.query_status().await.unwrap(), "running");
+        hasty.kill().await.unwrap();
     }
     parent.kill().await.unwrap();
 }
