@@ -400,6 +400,15 @@ impl Unserved {
     }
 }
 
+/// Ends a layer that nothing needs any more.
+fn remove(layer: &Layer) {
+    // They hold each other: without this its pages would stay for as long as the pager.
+    layer.session.store(None);
+    if let Err(err) = layer.remove_files() {
+        tracing::warn!(layer = %layer.id, error = %err, "files of a layer are left");
+    }
+}
+
 /// Starts the fault thread of a VM.
 fn serve_faults(vm: &Arc<Vm>) -> io::Result<()> {
     let served = vm.clone();

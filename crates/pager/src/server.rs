@@ -239,8 +239,12 @@ fn obtain(layer: &Arc<Layer>, page: PageIndex) -> Option<Located> {
     loop {
         match layer.locate(page) {
             Located::Owed(owner) => {
-                let session = owner.session.load_full()?;
-                session.ensure(page).ok()?;
+                match owner.session.load_full() {
+                    Some(session) => session.ensure(page).ok()?,
+                    // All is copied, since a moment ago: or the page was lost.
+                    None if matches!(layer.locate(page), Located::Owed(_)) => return None,
+                    None => {}
+                }
             }
             Located::Remote(owner) => {
                 // Before the state changes: nothing else would ever change it back.

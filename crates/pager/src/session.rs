@@ -315,7 +315,7 @@ impl CopySession {
         let mut base = self.layer.base.as_ref().map_or(Located::Zero, |b| b.locate(page));
         if let Located::Owed(owner) = &base {
             // The layer below is still being copied from its own parent: an older session, so locks nest one way only.
-            let copied = owner.session.load().as_ref().is_some_and(|s| s.ensure(page).is_ok());
+            let copied = owner.session.load().as_ref().is_none_or(|s| s.ensure(page).is_ok());
             base = if copied { owner.locate(page) } else { Located::Remote(owner.clone()) };
         }
         match base {

@@ -219,6 +219,31 @@ fn a_checkpoint_without_room_can_be_removed() {
 }
 
 #[test]
+fn a_removed_checkpoint_gives_its_room_back() {
+    let Some(mut t) = setup() else { return };
+    let used = || {
+        let fs = rustix::fs::statvfs(t.tmpfs.path()).unwrap();
+        (fs.f_blocks - fs.f_bfree) * fs.f_frsize
+    };
+    // Those of the parent's own files that grow a little in the beginning are no matter.
+    let empty = used() + memory().bytes() / 4;
+    for value in 1..4 {
+        for page in 0..PAGES {
+            t.parent.write(page, value * 1000 + page);
+        }
+        let image = checkpoint(&t.family, t.parent.id);
+        let mut clone = clone_of(&t.family, t.elsewhere.path(), image);
+        assert_eq!(clone.read(7), (value * 1000 + 7).to_string());
+        t.family.wait_image(image).unwrap();
+        t.family.detach(clone.id).unwrap();
+        clone.kill();
+        assert!(used() >= empty + memory().bytes() / 2);
+        t.family.drop_image(image).unwrap();
+        soon("the room is there again", || (used() < empty).then_some(()));
+    }
+}
+
+#[test]
 fn a_base_that_breaks_while_it_is_waited_for_is_not_built_upon() {
     let Some(mut t) = setup() else { return };
     let (image, _filler) = without_room(&mut t);

@@ -1,6 +1,6 @@
 //! A checkpoint's way: prepared while the VM runs, committed in its pause or given up, copied behind its back.
 
-use super::{Family, Inner, LOOK, Result, VmState, internal, micros, no_vm};
+use super::{Family, Inner, LOOK, Result, VmState, internal, micros, no_vm, remove};
 use crate::{
     control::{CommitReply, ControlError, PrepareReply, View},
     image::Image,
@@ -242,6 +242,8 @@ impl Family {
             tracing::error!(image = %image.id, reason, "checkpoint is broken");
             return;
         }
+        // They hold each other.
+        session.layer().session.store(None);
         let mut inner = self.lock();
         // An image that was dropped must not come back as a record.
         let Some(entry) = inner.images.get_mut(&image.id) else { return };
@@ -344,10 +346,4 @@ fn check_base(base: Option<&Image>) -> Result<()> {
         return Err(ControlError::new("state", "too many layers: checkpoint a fresh boot instead"));
     }
     Ok(())
-}
-
-fn remove(layer: &Layer) {
-    if let Err(err) = layer.remove_files() {
-        tracing::warn!(layer = %layer.id, error = %err, "files of a layer are left");
-    }
 }

@@ -1,6 +1,6 @@
 //! The images on this host: their layers, where their pages come from, and what is removed when.
 
-use super::{Family, Inner, LOOK, Result, broken, internal, no_image, records::save};
+use super::{Family, Inner, LOOK, Result, broken, internal, no_image, records::save, remove};
 use crate::{
     control::{ControlError, ImageReport, LayerReport, SourceAddress},
     image::Image,
@@ -368,10 +368,4 @@ fn check_unused(inner: &Inner, id: ImageId) -> Result<()> {
         return Ok(());
     }
     Err(ControlError::new("in_use", format!("checkpoint {id} is in use by VMs {}", users.join(", "))))
-}
-
-fn remove(layer: &Layer) {
-    if let Err(err) = layer.remove_files() {
-        tracing::warn!(layer = %layer.id, error = %err, "files of a layer are left");
-    }
 }
