@@ -29,6 +29,8 @@ const TOUCHED_MIB: u64 = 512;
 const LARGE: ByteSize = ByteSize::mib(2560);
 const IMAGE: &str = "default";
 const GENERATIONS: u32 = 50;
+/// Of a clone, in their order.
+const PHASES: [&str; 9] = ["plan", "claim", "remap", "attach", "load", "wait", "continue", "first_answer", "identity"];
 
 /// How many samples of each.
 #[derive(Debug, Clone, Copy)]
@@ -197,58 +199,77 @@ async fn forks(
         Measured::of("fork: request to clone ready (identity, entropy, clock)", "ms", ready),
     ]);
 
-    say("single clones on one host");
     let made = home.checkpoint(parent, &api::CheckpointRequest { note: None, wait: true }).await?;
     let checkpoint = made.checkpoint.id.to_string();
-    let (mut running, mut answers, mut ready) = (Vec::new(), Vec::new(), Vec::new());
-    let mut phases: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    for _ in 0..samples.forks {
-        let made = clones(home, parent, &checkpoint, 1).await?;
-        let clone = made.clones.first().context("No clone")?;
-        running.push(ms(clone.running_us));
-        answers.push(answered(clone)?);
-        ready.push(ms(clone.ready_us.context("A clone was not waited for")?));
-        for phase in &clone.timeline.phases {
-            phases.entry(phase.name.clone()).or_default().push(ms(phase.duration_us));
-        }
-        remove(home, &made.clones).await?;
-    }
-    say("eight clones on one host");
-    let (mut eight, mut eight_ready) = (Vec::new(), Vec::new());
-    for _ in 0..samples.eight {
-        let made = clones(home, parent, &checkpoint, 8).await?;
-        eight.push(made.clones.iter().map(|c| ms(c.running_us)).fold(0.0, f64::max));
-        eight_ready.push(made.clones.iter().filter_map(|c| c.ready_us).map(ms).fold(0.0, f64::max));
-        remove(home, &made.clones).await?;
-    }
+    say("clones of a checkpoint, prepared");
+    let one = Clones::sample(home, &checkpoint, &checkpoint, 1, samples.forks).await?;
+    say("eight clones of a checkpoint, prepared");
+    let eight = Clones::sample(home, &checkpoint, &checkpoint, 8, samples.eight).await?;
+    say("clones of a checkpoint, out of the pool");
+    warm(home, &checkpoint, 0, "h1").await?;
+    let pool = Clones::sample(home, parent, &checkpoint, 1, samples.forks).await?;
+    say("eight clones of a checkpoint, out of the pool");
+    let pool_eight = Clones::sample(home, parent, &checkpoint, 8, samples.eight).await?;
     remove_unless_used(home, &checkpoint).await?;
-    let one = Measured::of("clone: request to running", "ms", running);
-    let answer = Measured::of("clone: request to agent's first answer", "ms", answers);
-    let ready = Measured::of("clone: request to ready (identity, entropy, clock)", "ms", ready);
-    let eight = Measured::of("eight clones: request to the last one running", "ms", eight);
-    let last = Measured::of("eight clones: request to the last one ready", "ms", eight_ready);
+    let [running, answered] = [&one.running, &one.answered].map(|values| Measured::of("", "ms", values.clone()).median);
+    let last = Measured::of("", "ms", eight.running.clone()).median;
     report.goals.extend([
-        Goal::at_most("clone to running / QEMU's restore to running", one.median / yardstick.running_ms, 1.0 / 50.0),
-        Goal::at_most("clone to answer / QEMU's restore to answer", answer.median / yardstick.answered_ms, 1.0 / 8.0),
-        Goal::at_most("eight clones to running / one clone", eight.median / one.median, 4.0),
+        Goal::at_most("clone to running / QEMU's restore to running", running / yardstick.running_ms, 1.0 / 50.0),
+        Goal::at_most("clone to answer / QEMU's restore to answer", answered / yardstick.answered_ms, 1.0 / 8.0),
+        Goal::at_most("eight clones to running / one clone", last / running, 4.0),
     ]);
-    report.results.extend([one, answer, ready]);
-    for name in ["claim", "remap", "attach", "load", "wait", "continue", "first_answer", "identity"] {
-        if let Some(values) = phases.remove(name) {
-            report.results.push(Measured::of(format!("clone: of that, {name}"), "ms", values));
-        }
-    }
-    report.results.extend([eight, last]);
+    one.tell("clone", report);
+    eight.tell("last of eight clones", report);
+    pool.tell("clone out of the pool", report);
+    pool_eight.tell("last of eight clones out of the pool", report);
     Ok(())
 }
 
-/// Clones of a checkpoint, with QEMUs that were ready.
-async fn clones(home: &Client, like: &str, checkpoint: &str, count: u32) -> Result<api::CloneResponse> {
-    warm(home, like, count, "h1").await?;
-    let request = api::CloneRequest { wait_agent_s: 120, ..api::CloneRequest::new(count) };
-    let made = home.clone_checkpoint(checkpoint, &request).await?;
-    ensure!(made.clones.iter().all(|c| c.warm), "The pool was not ready: the numbers would be those of a QEMU's start");
-    Ok(made)
+/// Times of the last clone of each call, in ms.
+#[derive(Debug, Default)]
+struct Clones {
+    running: Vec<f64>,
+    answered: Vec<f64>,
+    ready: Vec<f64>,
+    phases: BTreeMap<String, Vec<f64>>,
+}
+
+impl Clones {
+    /// Clones of a checkpoint. What is ready for them is ready for `like`: clones of the checkpoint, or QEMUs for any VM of
+    /// that shape.
+    async fn sample(home: &Client, like: &str, checkpoint: &str, count: u32, rounds: usize) -> Result<Self> {
+        let mut all = Self::default();
+        let prepared = like == checkpoint;
+        let last = |of: &dyn Fn(&api::CloneResult) -> Option<u64>, made: &[api::CloneResult]| {
+            made.iter().map(of).max().flatten().map(ms).context("A clone was not waited for")
+        };
+        for _ in 0..rounds {
+            warm(home, like, count, "h1").await?;
+            let request = api::CloneRequest { wait_agent_s: 120, ..api::CloneRequest::new(count) };
+            let made = home.clone_checkpoint(checkpoint, &request).await?.clones;
+            remove(home, &made).await?;
+            ensure!(made.iter().all(|c| c.warm && c.prepared == prepared), "What is measured was not ready");
+            all.running.push(last(&|c| Some(c.running_us), &made)?);
+            all.answered.push(last(&|c| c.answered_us, &made)?);
+            all.ready.push(last(&|c| c.ready_us, &made)?);
+            for phase in made.iter().flat_map(|c| &c.timeline.phases) {
+                all.phases.entry(phase.name.clone()).or_default().push(ms(phase.duration_us));
+            }
+        }
+        Ok(all)
+    }
+
+    fn tell(self, what: &str, report: &mut Report) {
+        let Self { running, answered, ready, mut phases } = self;
+        report.results.push(Measured::of(format!("{what}: request to running"), "ms", running));
+        report.results.push(Measured::of(format!("{what}: request to agent's first answer"), "ms", answered));
+        report.results.push(Measured::of(format!("{what}: request to ready (identity, entropy, clock)"), "ms", ready));
+        for name in PHASES {
+            if let Some(values) = phases.remove(name) {
+                report.results.push(Measured::of(format!("{what}: of that, {name}"), "ms", values));
+            }
+        }
+    }
 }
 
 async fn remove(home: &Client, clones: &[api::CloneResult]) -> Result<()> {

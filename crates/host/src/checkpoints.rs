@@ -196,11 +196,17 @@ impl Daemon {
         let process = &running.process;
         let reply = pager.control.attach(vm.id, process.shim_socket(), process.pid(), view).await;
         let reply = reply.map_err(|e| pager_failed("The pager could not take the VM's memory up", e))?;
-        self.store.amend(|s| {
+        let attached = |s: &mut State| {
             if let Some(vm) = s.vms.get_mut(&vm.id) {
                 vm.attached = true;
             }
-        });
+        };
+        if vm.state == VmState::Starting {
+            // It would be undone, with its pager's share.
+            self.store.note(attached);
+        } else {
+            self.store.amend(attached);
+        }
         Ok(reply)
     }
 
@@ -441,6 +447,13 @@ impl Daemon {
 
     /// The same while the caller holds the VM.
     async fn drop_unlocked(self: &Arc<Self>, record: &CheckpointRecord) -> ApiResult<()> {
+        self.bar_prepared(record.id).await;
+        let result = self.drop_unused(record).await;
+        self.allow_prepared(record.id);
+        result
+    }
+
+    async fn drop_unused(self: &Arc<Self>, record: &CheckpointRecord) -> ApiResult<()> {
         let id = record.id.to_string();
         let dropped = all(record.peers.iter().map(|host| {
             let (host, id, client) = (host.clone(), id.clone(), self.peers.client(host));

@@ -91,6 +91,9 @@ impl Daemon {
                 }
             };
             daemon.stats.count("forks");
+            // The next clones of it find theirs loaded.
+            let here = clones.iter().filter(|c| c.vm.host == daemon.config.name).count();
+            daemon.expect_clones(record.id, here.min(daemon.config.pool as usize));
             Ok(CloneResponse { checkpoint: record.id, clones, total_us: us(begin.elapsed()) })
         })
         .await

@@ -23,6 +23,7 @@ use crate::{
     memory::{self, HostMemory},
     pagers::{Pager, Pagers},
     peers::{Peers, join::Tokens, tls::Files},
+    prepared::Shelf,
     state::{FamilyRecord, Store},
     stats::{Stats, lock},
     vms::Running,
@@ -60,6 +61,7 @@ pub struct Daemon {
     pub tokens: Tokens,
     /// Leases.
     pub leases: Leases,
+    pub(crate) shelf: Shelf,
     pub(crate) running: Mutex<HashMap<VmId, Arc<Running>>>,
     /// Held while a family is given a pager or loses it.
     families: tokio::sync::Mutex<()>,
@@ -105,6 +107,7 @@ impl Daemon {
             peers: Arc::new(Peers::open(&config.name, files, config.state_dir.join("peers.json"))?),
             tokens: Tokens::open(&config.tls().join("tokens.json"))?,
             leases: Leases::default(),
+            shelf: Shelf::default(),
             running: Mutex::default(),
             families: tokio::sync::Mutex::default(),
             accel: OnceCell::new(),

@@ -9,6 +9,7 @@
 //! | [`vms`], [`guest`] | booting, listing, stopping, watching VMs; talking to what runs inside |
 //! | [`checkpoints`] | taking one of a running VM, who uses it, removing it |
 //! | [`clone`], [`local`], [`remote`] | forks: plan, make (here, on other hosts), commit or undo |
+//! | `prepared` | clones of a checkpoint that are loaded before anybody asks for them |
 //! | [`leases`] | VMs that live as long as a connection |
 //! | [`pagers`] | supervision of pagers, and the client of their control sockets |
 //! | [`peers`] | other hosts: certificates, joining, passing requests on |
@@ -35,6 +36,7 @@ pub mod metrics;
 pub mod names;
 pub mod pagers;
 pub mod peers;
+mod prepared;
 pub mod recover;
 pub mod remote;
 pub mod state;

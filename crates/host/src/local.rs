@@ -2,12 +2,12 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use ramet_client::api::{CloneResult, ErrorCode, Timeline, VmInfo};
 use ramet_guest::host::{AgentClient, AgentError};
-use ramet_memory::VmId;
+use ramet_memory::{ImageId, VmId};
 use ramet_pager::control::View;
 use ramet_vmm::AgentPort;
 use tokio::{net::UnixStream, task::JoinHandle};
@@ -17,7 +17,8 @@ use crate::{
     daemon::{Daemon, all},
     error::{ApiError, ApiResult},
     pagers::Pager,
-    state::CheckpointRecord,
+    prepared::Prepared,
+    state::{CheckpointRecord, VmRecord},
     stats::{Clock, us},
     vms::Running,
 };
@@ -37,13 +38,14 @@ pub(crate) struct LocalClone {
     pub(crate) answered_us: Option<u64>,
     pub(crate) ready_us: Option<u64>,
     pub(crate) warm: bool,
+    pub(crate) prepared: bool,
     pub(crate) timeline: Timeline,
 }
 
 impl LocalClone {
     pub(crate) fn into_result(self) -> CloneResult {
-        let Self { vm, running_us, answered_us, ready_us, warm, timeline } = self;
-        CloneResult { vm, running_us, answered_us, ready_us, warm, timeline }
+        let Self { vm, running_us, answered_us, ready_us, warm, prepared, timeline } = self;
+        CloneResult { vm, running_us, answered_us, ready_us, warm, prepared, timeline }
     }
 }
 
@@ -55,6 +57,7 @@ struct Loaded {
     /// Its CPUs run already.
     runs: bool,
     warm: bool,
+    prepared: bool,
     clock: Clock,
 }
 
@@ -132,10 +135,15 @@ impl Daemon {
         begin: Instant,
     ) -> ApiResult<Loaded> {
         let mut clock = Clock::new(begin);
+        clock.span("plan", begin, Instant::now());
+        if let Some(made) = self.claim_prepared(record.id) {
+            return self.take_over(made, clone, clock).await;
+        }
         let claimed = backend::claim(&self.pool, &record.spec).await?;
         let running = self.adopt(clone.id, claimed.process);
-        let vm = self.store.update(|s| {
-            let vm = s.vms.get_mut(&clone.id).ok_or_else(|| ApiError::internal("it was removed while it was made"))?;
+        // A later daemon removes all VMs' directories that are on no record.
+        let vm = self.store.note(|s| {
+            let vm = s.vms.get_mut(&clone.id).ok_or_else(removed)?;
             vm.dir = claimed.dir;
             ApiResult::Ok(vm.clone())
         })?;
@@ -158,20 +166,55 @@ impl Daemon {
         clock.lap("attach");
         backend::load_state(&running.process, state).await?;
         clock.lap("load");
-        Ok(Loaded { clone, running, agent, runs: at_once.is_some(), warm: claimed.warm, clock })
+        let (runs, warm) = (at_once.is_some(), claimed.warm);
+        Ok(Loaded { clone, running, agent, runs, warm, prepared: false, clock })
+    }
+
+    /// A clone that is loaded already, if there is one.
+    fn claim_prepared(self: &Arc<Self>, image: ImageId) -> Option<Prepared> {
+        loop {
+            let made = self.shelf.take(image)?;
+            if made.process.is_alive() {
+                return Some(made);
+            }
+            let daemon = self.clone();
+            tokio::spawn(async move { daemon.discard_prepared(vec![made]).await });
+        }
+    }
+
+    /// Makes a prepared clone this one, which gets the id that the pager knows it by.
+    async fn take_over(self: &Arc<Self>, made: Prepared, clone: NewClone, mut clock: Clock) -> ApiResult<Loaded> {
+        let there = self.store.note(|s| {
+            let vm = s.vms.remove(&clone.id)?;
+            s.vms.insert(made.id, VmRecord { id: made.id, dir: made.dir.clone(), attached: true, ..vm });
+            Some(())
+        });
+        if there.is_none() {
+            self.discard_prepared(vec![made]).await;
+            return Err(removed());
+        }
+        let running = self.adopt(made.id, made.process);
+        let agent = made.agent.map_or(FirstQuestion::None, FirstQuestion::Connected);
+        clock.lap("claim");
+        let clone = NewClone { id: made.id, name: clone.name };
+        Ok(Loaded { clone, running, agent, runs: false, warm: true, prepared: true, clock })
     }
 
     async fn go_on(self: &Arc<Self>, loaded: Loaded, wait_agent: Duration, begin: Instant) -> ApiResult<LocalClone> {
-        let Loaded { clone, running, agent, runs, warm, mut clock } = loaded;
+        let Loaded { clone, running, agent, runs, warm, prepared, mut clock } = loaded;
         let context = format!("Clone '{}'", clone.name);
         clock.lap("wait");
         // The first question waits in the port when the CPUs start.
         let agent = agent.ask(wait_agent);
-        if !runs {
-            backend::cont(&running.process).await.map_err(|e| e.context(&context))?;
-        }
+        let late = if runs {
+            Duration::ZERO
+        } else {
+            let resumed = backend::cont(&running.process).await.map_err(|e| e.context(&context))?;
+            // The word of it takes longer than the thing, with so many starting.
+            SystemTime::now().duration_since(resumed).unwrap_or_default()
+        };
         clock.lap("continue");
-        let running_us = us(begin.elapsed());
+        let running_us = us(begin.elapsed().saturating_sub(late));
         let (mut answered_us, mut ready_us) = (None, None);
         if wait_agent.is_zero() {
             let (daemon, running) = (self.clone(), running.clone());
@@ -194,8 +237,12 @@ impl Daemon {
         let timeline = self.keep_timeline(&running, "clone", clock);
         let record = self.store.read(|s| s.vms.get(&clone.id).cloned());
         let record = record.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("{context} was removed")))?;
-        Ok(LocalClone { vm: self.info_of(&record, None), running_us, answered_us, ready_us, warm, timeline })
+        Ok(LocalClone { vm: self.info_of(&record, None), running_us, answered_us, ready_us, warm, prepared, timeline })
     }
+}
+
+fn removed() -> ApiError {
+    ApiError::internal("it was removed while it was made")
 }
 
 /// All results, or all errors.

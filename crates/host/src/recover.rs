@@ -79,6 +79,7 @@ impl Daemon {
             crate::peers::join::catch_up(&self.peers);
         }
         tokio::spawn(crate::logs::keep_short(self.config.clone()));
+        tokio::spawn(self.clone().prepare_clones());
     }
 
     async fn recover_vm(self: &Arc<Self>, vm: VmRecord) {
@@ -298,6 +299,7 @@ impl Daemon {
         match how {
             Ending::LeaveVms => {
                 // Pre-started QEMUs serve nobody without a daemon.
+                self.close_shelf().await;
                 self.pool.drain().await;
             }
             Ending::StopVms => {

@@ -326,9 +326,12 @@ impl Daemon {
     /// # Errors
     /// When there is no such VM, checkpoint or host, or QEMU does not start.
     pub async fn warm(self: &Arc<Self>, request: PoolRequest) -> ApiResult<PoolStatus> {
-        let spec = match self.find_vm(&request.like) {
-            Ok(vm) => vm.spec,
-            Err(err) if err.code() == ErrorCode::NotFound => self.find_checkpoint(&request.like)?.spec,
+        let (spec, checkpoint) = match self.find_vm(&request.like) {
+            Ok(vm) => (vm.spec, None),
+            Err(err) if err.code() == ErrorCode::NotFound => {
+                let record = self.find_checkpoint(&request.like)?;
+                (record.spec, Some(record.id))
+            }
             Err(err) => return Err(err),
         };
         let hosts = if request.hosts.is_empty() { vec![self.config.name.clone()] } else { request.hosts };
@@ -341,7 +344,10 @@ impl Daemon {
             let (daemon, there) = (self.clone(), there.clone());
             async move {
                 if host == daemon.config.name {
-                    return daemon.warm_here(there).await;
+                    return match checkpoint {
+                        Some(image) => daemon.warm_checkpoint(image, there.count, there.wait).await,
+                        None => daemon.warm_here(there).await,
+                    };
                 }
                 daemon.peers.client(&host)?.peer_warm(&there).await.map_err(|e| from_peer(&host, e))
             }
@@ -375,7 +381,9 @@ impl Daemon {
         });
         let mut seen = std::collections::HashSet::new();
         shapes.retain(|spec| seen.insert(spec.clone()));
-        PoolStatus { entries: backend::pool_entries(&self.pool, &self.config.name, shapes) }
+        let mut entries = backend::pool_entries(&self.pool, &self.config.name, shapes);
+        entries.extend(self.prepared_entries());
+        PoolStatus { entries }
     }
 }
 
@@ -443,6 +451,7 @@ mod tests {
             answered_us: Some(900),
             ready_us: None,
             warm: true,
+            prepared: false,
             timeline: ramet_client::api::Timeline { phases: vec![phase("import", 0, 100)], total_us: 900 },
         };
         let shifted = shift(clone, 1000, 50);

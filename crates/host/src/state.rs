@@ -242,6 +242,11 @@ impl Store {
         Ok(result)
     }
 
+    /// Changes what the next daemon finds out anew: on disk with the next change that is worth a write.
+    pub fn note<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        change(&mut lock(&self.state))
+    }
+
     /// Changes the state where nothing can be done about a full disk: that is logged, and the change holds in memory.
     pub fn amend(&self, change: impl FnOnce(&mut State)) {
         let mut state = lock(&self.state);

@@ -555,6 +555,7 @@ impl Daemon {
 
     /// Ends everything: for a daemon that is told to leave nothing behind.
     pub async fn stop_all(self: &Arc<Self>) {
+        self.close_shelf().await;
         self.pool.drain().await;
         let vms: Vec<_> = self.store.read(|s| s.vms.values().filter(|vm| vm.alive()).map(|vm| vm.id).collect());
         let begin = Instant::now();

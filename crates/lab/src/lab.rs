@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use ramet_client::{Client, api};
+use rustix::mount::MountFlags;
 use serde::Serialize;
 
 use crate::{
@@ -79,6 +80,10 @@ impl Lab {
         }
         let children = record.hosts.iter().map(|_| None).collect();
         let lab = Self { record, children, armed: true };
+        // What daemons keep in /run is in memory on every machine that has its own tmpfs there. Not all have.
+        let dir = lab_dir(name);
+        rustix::mount::mount("ramet", &dir, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some(c"mode=0755"))
+            .with_context(|| format!("Can't mount a tmpfs at {}", dir.display()))?;
         lab.record.save()?;
         // Left by a lab whose directory was removed by hand.
         for stale in net::namespaces(name) {

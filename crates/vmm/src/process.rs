@@ -75,6 +75,11 @@ impl Process {
         self.exit.borrow().clone()
     }
 
+    /// Whether it runs, as of now.
+    pub(crate) fn is_alive(&self) -> bool {
+        !pidfd_wait(self.pidfd.as_fd(), Some(Duration::ZERO)).unwrap_or(false)
+    }
+
     /// Ends the process and waits; false when it does not end in time.
     pub(crate) async fn kill(&self, limit: Duration) -> bool {
         let _ = pidfd_send_signal(self.pidfd.as_fd(), 9);

@@ -480,7 +480,7 @@ impl VmProcess for QemuProcess {
     }
 
     fn is_alive(&self) -> bool {
-        self.process.exited().is_none()
+        self.process.is_alive()
     }
 
     async fn query_status(&self) -> Result<String, VmmError> {

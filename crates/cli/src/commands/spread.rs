@@ -74,10 +74,18 @@ fn clones(clones: &[CloneResult]) -> String {
             us(clone.running_us),
             clone.answered_us.map_or_else(|| "-".to_owned(), us),
             clone.ready_us.map_or_else(|| "-".to_owned(), us),
-            if clone.warm { "from the pool" } else { "started for it" }.to_owned(),
+            origin(clone).to_owned(),
         ]);
     }
     rows.text()
+}
+
+fn origin(clone: &CloneResult) -> &'static str {
+    match (clone.prepared, clone.warm) {
+        (true, _) => "prepared",
+        (false, true) => "from the pool",
+        (false, false) => "started for it",
+    }
 }
 
 /// Where the time went: a table for the parent, and one for the clones with a column for each phase.

@@ -214,6 +214,9 @@ pub struct CloneResult {
     pub ready_us: Option<u64>,
     /// Whether a pre-started QEMU was ready in the pool.
     pub warm: bool,
+    /// It had been made before, and only had to go on.
+    #[serde(default)]
+    pub prepared: bool,
     /// Its phases.
     pub timeline: Timeline,
 }

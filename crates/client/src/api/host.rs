@@ -170,7 +170,8 @@ pub struct ShutdownRequest {
     pub stop_vms: bool,
 }
 
-/// `POST /v1/pool`: have pre-started QEMUs ready for VMs of this shape.
+/// `POST /v1/pool`: have QEMUs ready for clones. For a VM these are pre-started ones of its shape; for a checkpoint, on its
+/// own host, clones of it that are loaded already and only have to go on.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PoolRequest {
