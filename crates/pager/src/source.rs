@@ -31,6 +31,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Bytes of requests that are sent together, at most.
+const OUTGOING: usize = 4096;
 /// Requests that may be under way.
 const SLOTS: usize = 2048;
 /// Of these, how many are kept for pages that somebody waits for.
@@ -71,8 +73,17 @@ pub struct Fetch {
 impl Fetch {
     /// Asks `source`, which the owner named a moment ago, or the source that has taken its place since.
     pub fn ask(self, source: &Arc<Source>) {
+        self.ask_of(source, true);
+    }
+
+    /// The same, where more of it come at once: it may be kept back until [`Source::flush`], so that all travel together.
+    pub fn ask_with_more(self, source: &Arc<Source>) {
+        self.ask_of(source, false);
+    }
+
+    fn ask_of(self, source: &Arc<Source>, now: bool) {
         let owner = self.owner.clone();
-        source.request(self);
+        source.enlist(self, now);
         if let Some(now) = &*owner.source.load()
             && !Arc::ptr_eq(now, source)
         {
@@ -144,6 +155,16 @@ struct Outgoing {
     opened: usize,
 }
 
+impl Outgoing {
+    fn flush(&mut self, link: &Link) {
+        if !self.buffer.is_empty() && link.sender.send(&self.buffer).is_err() {
+            // The receiving thread sees the same, reconnects and sends everything again.
+            link.sender.close();
+        }
+        self.buffer.clear();
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -180,7 +201,7 @@ impl Source {
                 handles: Vec::new(),
             }),
             link: ArcSwapOption::empty(),
-            outgoing: Mutex::new(Outgoing { buffer: Vec::with_capacity(4096), link: 0, opened: 0 }),
+            outgoing: Mutex::new(Outgoing { buffer: Vec::with_capacity(OUTGOING), link: 0, opened: 0 }),
             status: Mutex::new(Status { address, socket, error: None, disconnected: Some(Instant::now()) }),
             ending: AtomicBool::new(false),
             retries: AtomicBool::new(false),
@@ -282,6 +303,20 @@ impl Source {
     /// Asks for pages and returns; see [`Fetch`]. Without a connection the request waits for one. When very much is under
     /// way a request that nobody waits for is dropped, and its pages are absent again.
     pub fn request(&self, fetch: Fetch) {
+        self.enlist(fetch, true);
+    }
+
+    /// Sends the requests that [`Fetch::ask_with_more`] has kept back.
+    pub fn flush(&self) {
+        if let Some(link) = &*self.link.load() {
+            let mut outgoing = lock(&self.outgoing);
+            if link.number == outgoing.link {
+                outgoing.flush(link);
+            }
+        }
+    }
+
+    fn enlist(&self, fetch: Fetch, now: bool) {
         let demand = fetch.demand.is_some();
         let run = fetch.run;
         let (slot, handle) = loop {
@@ -307,11 +342,11 @@ impl Source {
             break (slot, handle);
         };
         if let Some(link) = &*self.link.load() {
-            self.send(link, slot, handle, run, demand);
+            self.send(link, slot, handle, run, demand, now);
         }
     }
 
-    fn send(&self, link: &Link, slot: usize, handle: usize, run: PageRun, demand: bool) {
+    fn send(&self, link: &Link, slot: usize, handle: usize, run: PageRun, demand: bool, now: bool) {
         let mut outgoing = lock(&self.outgoing);
         let Outgoing { buffer, link: newest, opened } = &mut *outgoing;
         if link.number < *newest {
@@ -320,8 +355,8 @@ impl Source {
         }
         if link.number > *newest {
             (*newest, *opened) = (link.number, 0);
+            buffer.clear();
         }
-        buffer.clear();
         if handle >= *opened {
             let slots = lock(&self.slots);
             for (number, &layer) in slots.handles.iter().enumerate().skip(*opened) {
@@ -336,9 +371,8 @@ impl Source {
             priority: if demand { Priority::Demand } else { Priority::Prefetch },
         };
         Frame { req: slot as u32 + 1, message }.encode(buffer);
-        if link.sender.send(buffer).is_err() {
-            // The receiving thread sees the same, reconnects and sends everything again.
-            link.sender.close();
+        if now || buffer.len() > OUTGOING / 2 {
+            outgoing.flush(link);
         }
     }
 
@@ -446,7 +480,7 @@ impl Source {
         }
         for (number, layer, run, demand) in again {
             let handle = lock(&self.slots).handle(layer);
-            self.send(link, number, handle, run, demand);
+            self.send(link, number, handle, run, demand, true);
         }
     }
 
@@ -673,7 +707,7 @@ mod tests {
 
         fn send(&self, link: &Link) {
             let slot = lock(&self.source.slots).slots.iter().position(|s| s.fetch.is_some()).unwrap();
-            self.source.send(link, slot, 0, self.run, false);
+            self.source.send(link, slot, 0, self.run, false, true);
         }
     }
 

@@ -9,7 +9,7 @@ use crate::{
     image::Image,
     layer::{BATCH, Layer, Located, PageState},
     session::CopySession,
-    source::Fetch,
+    source::{Fetch, Source},
 };
 use arc_swap::ArcSwapOption;
 use ramet_kernel::{CopyError, CopyMode, Event, Features, Mode, PagemapScanner, SharedAtomics, Uffd};
@@ -554,6 +554,7 @@ impl Vm {
     /// Asks for the pages of a run that nobody has asked for, in runs of one owner, each where its owner comes from.
     fn prefetch(self: &Arc<Self>, image: &Image, segment: &MappedSegment, run: PageRun) {
         let mut at = run.start.0;
+        let mut unsent: Option<Arc<Source>> = None;
         while at < run.end().0 {
             let from = at;
             // Without a source the page is reported when it is touched.
@@ -576,11 +577,18 @@ impl Vm {
                         demand: None,
                         vm: Some(self.clone()),
                     };
-                    fetch.ask(&source);
+                    fetch.ask_with_more(&source);
+                    if let Some(before) = unsent.take_if(|s| !Arc::ptr_eq(s, &source)) {
+                        before.flush();
+                    }
+                    unsent = Some(source);
                     continue;
                 }
             }
             at += 1;
+        }
+        if let Some(source) = unsent {
+            source.flush();
         }
     }
 
