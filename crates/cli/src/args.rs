@@ -75,6 +75,8 @@ pub(crate) enum Command {
     Clone(CloneArgs),
     /// Checkpoint a VM and make clones, in one step.
     Fork(ForkArgs),
+    /// Have what clones need made ready before they are asked for.
+    Warm(WarmArgs),
     /// Hosts that clone VMs to each other.
     #[command(subcommand)]
     Host(HostCommand),
@@ -352,6 +354,20 @@ pub(crate) struct CloneArgs {
     pub(crate) checkpoint: String,
     #[command(flatten)]
     pub(crate) spread: SpreadArgs,
+}
+
+/// `ramet warm`
+#[derive(Debug, Args)]
+pub(crate) struct WarmArgs {
+    /// A VM: QEMUs of its shape wait for its forks. Or a checkpoint: clones of it are loaded on its host, and only have
+    /// to go on.
+    pub(crate) like: String,
+    /// How many to keep ready from now on.
+    #[arg(long, short = 'n', default_value_t = 1, value_name = "N")]
+    pub(crate) number: u32,
+    /// Hosts that are to have them [default: the daemon's own].
+    #[arg(long, value_delimiter = ',', value_name = "HOST,...")]
+    pub(crate) on: Vec<String>,
 }
 
 /// `ramet fork`

@@ -125,8 +125,11 @@ async fn a_session_from_the_first_vm_to_the_last() {
     assert_eq!(list["checkpoints"][0]["note"], "first");
     let shown = good(&["checkpoint", "show", &id[..8]]);
     assert!(shown.contains(&id) && shown.contains("web-c1") && shown.contains("first"), "{shown}");
+    assert!(good(&["warm", "web", "-n", "1"]).contains("pc-"));
+    assert!(good(&["warm", &id[..8], "-n", "1"]).contains(&id));
     let cloned = json(&["clone", &id[..8], "-n", "1", "--name", "mine", "--json"]);
     assert_eq!(cloned["clones"][0]["vm"]["name"], "mine");
+    assert_eq!(cloned["clones"][0]["prepared"], true);
     let used = with(&["checkpoint", "rm", &id]);
     assert!(!used.status.success() && err(&used).contains("in use") | err(&used).contains("mine"), "{}", err(&used));
     assert!(json(&["stats", "mine", "--json"])["memory"]["ram_pss_bytes"].as_u64().unwrap() > 0);

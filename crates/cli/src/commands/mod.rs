@@ -39,6 +39,7 @@ pub(crate) async fn run(context: &Context, command: &Command) -> Result<ExitCode
         Command::Checkpoint(args) => checkpoint::run(context, args).await?,
         Command::Clone(args) => spread::clone(context, args).await?,
         Command::Fork(args) => spread::fork(context, args).await?,
+        Command::Warm(args) => spread::warm(context, args).await?,
         Command::Host(command) => host::run(context, command).await?,
         Command::Lab(command) => lab::run(context, command).await?,
         Command::Completion(args) => {

@@ -1,14 +1,14 @@
-//! Making clones: clone and fork.
+//! Making clones: clone, fork, and what is ready for them.
 
 use anyhow::{Context as _, Result, bail};
 use ramet_client::{
     Lease,
-    api::{CheckpointResult, CloneRequest, CloneResult, ForkRequest, Timeline},
+    api::{CheckpointResult, CloneRequest, CloneResult, ForkRequest, PoolRequest, Timeline},
 };
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    args::{CloneArgs, ForkArgs, SpreadArgs},
+    args::{CloneArgs, ForkArgs, SpreadArgs, WarmArgs},
     context::Context,
     output::{self, Rows, us},
 };
@@ -48,6 +48,18 @@ pub(crate) async fn fork(context: &Context, args: &ForkArgs) -> Result<()> {
         text
     })?;
     hold(lease).await
+}
+
+pub(crate) async fn warm(context: &Context, args: &WarmArgs) -> Result<()> {
+    let request = PoolRequest { like: args.like.clone(), count: args.number, hosts: args.on.clone(), wait: true };
+    let status = context.client()?.warm(&request).await?;
+    context.out.show(&status, |status| {
+        let mut rows = Rows::new(&["HOST", ">READY", "FOR"]);
+        for entry in &status.entries {
+            rows.add([entry.host.clone(), entry.ready.to_string(), entry.shape.clone()]);
+        }
+        rows.text()
+    })
 }
 
 fn request(spread: &SpreadArgs, lease: Option<&Lease>) -> Result<CloneRequest> {
