@@ -124,7 +124,16 @@ fn build(root: &Path, profile: Profile) -> Result<Built> {
     step("Building the guest's agent (static) and the tiny guest");
     agent_build(root).run()?;
     tiny_build(root).run()?;
-    Ok(Built { bin_dir: target(root).join(directory), images: target(root).join("images") })
+    let built = Built { bin_dir: target(root).join(directory), images: target(root).join("images") };
+    // Where `ramet image build` looks for it.
+    let beside = built.bin("ramet-agent-static");
+    std::fs::copy(static_agent(root), &beside).with_context(|| format!("Can't write {}", beside.display()))?;
+    Ok(built)
+}
+
+/// The guest's agent, as [`agent_build`] makes it.
+fn static_agent(root: &Path) -> PathBuf {
+    target(root).join("guest/x86_64-unknown-linux-gnu/guest/ramet-agent")
 }
 
 fn agent_build(root: &Path) -> Tool {
@@ -160,10 +169,8 @@ pub(crate) fn target(root: &Path) -> PathBuf {
 
 /// Builds the guest images `default` and `tiny` unless they are newer than what they are made of.
 fn images(root: &Path, built: &Built) -> Result<()> {
-    let parts: [(&str, PathBuf); 2] = [
-        ("default", target(root).join("guest/x86_64-unknown-linux-gnu/guest/ramet-agent")),
-        ("tiny", target(root).join("tiny/release/ramet-tiny")),
-    ];
+    let parts: [(&str, PathBuf); 2] =
+        [("default", static_agent(root)), ("tiny", target(root).join("tiny/release/ramet-tiny"))];
     for (name, part) in parts {
         if up_to_date(&built.images.join(name).join("image.json"), &part)? {
             continue;

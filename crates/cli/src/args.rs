@@ -106,9 +106,29 @@ pub(crate) enum ImageCommand {
 /// Where images are.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ImageDirArg {
-    /// Directory of the images.
-    #[arg(long, env = "RAMET_IMAGE_DIR", value_name = "DIR", default_value = "/var/lib/ramet/images")]
-    pub(crate) image_dir: PathBuf,
+    /// Directory of the images [default: `images` beside this program's directory, or else /var/lib/ramet/images].
+    #[arg(long, env = "RAMET_IMAGE_DIR", value_name = "DIR")]
+    pub(crate) image_dir: Option<PathBuf>,
+}
+
+impl ImageDirArg {
+    pub(crate) fn dir(&self) -> anyhow::Result<PathBuf> {
+        match &self.image_dir {
+            Some(dir) => Ok(dir.clone()),
+            None => Ok(ramet_lab::image_dir(&program_dir()?)),
+        }
+    }
+
+    pub(crate) fn store(&self) -> anyhow::Result<ramet_image::ImageStore> {
+        Ok(ramet_image::ImageStore::new(&self.dir()?))
+    }
+}
+
+/// The directory of this program.
+pub(crate) fn program_dir() -> anyhow::Result<PathBuf> {
+    use anyhow::Context as _;
+    let program = std::env::current_exe().context("Can't tell where this program is")?;
+    Ok(program.parent().map(PathBuf::from).unwrap_or_default())
 }
 
 /// `ramet image build`
@@ -123,7 +143,7 @@ pub(crate) struct ImageBuildArgs {
     /// A file or directory of this machine to add.
     #[arg(long, value_name = "PATH:GUESTPATH")]
     pub(crate) add: Vec<String>,
-    /// The guest's agent [default: ramet-agent beside this program].
+    /// The guest's agent [default: ramet-agent-static or ramet-agent beside this program].
     #[arg(long, value_name = "FILE")]
     pub(crate) agent: Option<PathBuf>,
     /// Make an image of the bare-metal test guest in this file, instead of a Linux one.

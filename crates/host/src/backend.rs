@@ -279,7 +279,11 @@ pub async fn load_image(store: &Arc<ImageStore>, name: &str) -> ApiResult<BootIm
     let loaded = tokio::task::spawn_blocking(move || images.load(&wanted)).await;
     let loaded = loaded.map_err(|e| ApiError::internal(format!("Reading image '{}' broke: {e}", shown(name))))?;
     let image = loaded.map_err(|e| {
-        ApiError::new(ErrorCode::NotFound, format!("Image '{}': {e}", shown(name)))
+        let mut text = e.to_string();
+        if let Some(first) = text.get_mut(..1) {
+            first.make_ascii_uppercase();
+        }
+        ApiError::new(ErrorCode::NotFound, text)
             .remedy("`ramet image ls` lists images, `ramet image build` makes the default one")
     })?;
     let tiny = matches!(image.manifest.kind, ramet_image::Kind::Tiny);

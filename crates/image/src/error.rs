@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// No image of that name.
-    #[error("there is no image {name:?}; build it with `ramet image build --name {name}`, or see `ramet image ls`")]
+    #[error("there is no image {name:?}; build it with `ramet image build {name}`, or see `ramet image ls`")]
     Missing {
         /// The name.
         name: String,
@@ -27,7 +27,7 @@ pub enum ImageError {
         name: String,
     },
     /// A file of the image is missing, truncated or changed.
-    #[error("image {name:?} is damaged: {} {what}; build it again with `ramet image build --name {name} --replace`", file.display())]
+    #[error("image {name:?} is damaged: {} {what}; build it again with `ramet image build {name} --replace`", file.display())]
     Damaged {
         /// The image.
         name: String,
@@ -38,7 +38,7 @@ pub enum ImageError {
     },
     /// The image was made by another version.
     #[error(
-        "image {name:?} has format {found}, this version of Ramet knows {known}; build it again with `ramet image build --name {name} --replace`"
+        "image {name:?} has format {found}, this version of Ramet knows {known}; build it again with `ramet image build {name} --replace`"
     )]
     Format {
         /// The image.

@@ -43,7 +43,7 @@ mod record;
 mod teardown;
 
 pub use lab::{Lab, LabSummary};
-pub use options::{LabOptions, Rate, parse_delay};
+pub use options::{LabOptions, Rate, image_dir, parse_delay};
 pub use process::Process;
 pub use record::HostRecord;
 

@@ -99,9 +99,20 @@ pub struct LabOptions {
     pub ephemeral: bool,
 }
 
+/// Where guest images are, for programs in `bin_dir`: `RAMET_IMAGE_DIR`, or `images` beside that directory (where this
+/// repository's set-up puts them), or else `/var/lib/ramet/images`.
+#[must_use]
+pub fn image_dir(bin_dir: &Path) -> PathBuf {
+    if let Some(dir) = std::env::var_os("RAMET_IMAGE_DIR") {
+        return dir.into();
+    }
+    let beside = bin_dir.parent().unwrap_or(Path::new("/")).join("images");
+    if beside.is_dir() { beside } else { "/var/lib/ramet/images".into() }
+}
+
 impl LabOptions {
     /// Three hosts, programs from the directory of the running program (or the one above its `deps`), images from
-    /// `RAMET_IMAGE_DIR` or `images` beside that directory, or else `/var/lib/ramet/images`.
+    /// [`image_dir`].
     ///
     /// # Errors
     /// When the running program's directory can't be found out.
@@ -111,13 +122,7 @@ impl LabOptions {
         if bin_dir.ends_with("deps") || bin_dir.ends_with("examples") {
             bin_dir.pop();
         }
-        let image_dir = match std::env::var_os("RAMET_IMAGE_DIR") {
-            Some(dir) => dir.into(),
-            None => {
-                let beside = bin_dir.parent().unwrap_or(Path::new("/")).join("images");
-                if beside.is_dir() { beside } else { "/var/lib/ramet/images".into() }
-            }
-        };
+        let image_dir = image_dir(&bin_dir);
         Ok(Self {
             name: name.into(),
             hosts: 3,

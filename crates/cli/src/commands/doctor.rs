@@ -18,7 +18,7 @@ const QEMU: &str = "qemu-system-x86_64";
 
 pub(crate) async fn run(context: &Context, args: &ImageDirArg) -> Result<ExitCode> {
     output::note("Looking at this machine; the trial of KVM may take some seconds.");
-    let report = DoctorReport { findings: probe(&args.image_dir).await };
+    let report = DoctorReport { findings: probe(&args.dir()?).await };
     let bad = report.findings.iter().any(|f| f.status == FindingStatus::Fail);
     context.out.show(&report, |report| text(report, terminal::size().is_some()))?;
     Ok(if bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
@@ -61,11 +61,17 @@ fn text(report: &DoctorReport, color: bool) -> String {
     let count = |status| report.findings.iter().filter(|f| f.status == status).count();
     let verdict = match (count(FindingStatus::Fail), count(FindingStatus::Warn)) {
         (0, 0) => "Ramet works here.".to_owned(),
-        (0, warnings) => format!("Ramet works here, less well than it could: {warnings} remarks."),
-        (failures, _) => format!("Ramet can't work here yet: {failures} things to mend."),
+        (0, warnings) => {
+            format!("Ramet works here, less well than it could: {} to read above.", things(warnings, "remark"))
+        }
+        (failures, _) => format!("Ramet can't work here yet: {} to mend.", things(failures, "thing")),
     };
     text.push_str(&format!("\n{verdict}\n"));
     text
+}
+
+fn things(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]
@@ -83,7 +89,7 @@ mod tests {
         let mut report = DoctorReport { findings: vec![finding("kvm", FindingStatus::Warn, "load the module")] };
         let shown = text(&report, false);
         assert!(shown.contains("warn  kvm  found\n") && shown.contains("-> load the module"), "{shown}");
-        assert!(shown.ends_with("1 remarks.\n"), "{shown}");
+        assert!(shown.ends_with("1 remark to read above.\n"), "{shown}");
         report.findings.push(finding("userfaultfd", FindingStatus::Fail, "x"));
         assert!(text(&report, false).contains("can't work here"));
     }

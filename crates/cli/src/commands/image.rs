@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use ramet_image::{BuildOptions, Image, ImageStore, Manifest, Progress, Stage, parse_add};
+use ramet_image::{BuildOptions, Image, Manifest, Progress, Stage, parse_add};
 use serde::Serialize;
 
 use crate::{
-    args::{ImageBuildArgs, ImageCommand},
+    args::{ImageBuildArgs, ImageCommand, program_dir},
     context::Context,
     output::{self, Rows},
 };
@@ -17,11 +17,11 @@ pub(crate) async fn run(context: &Context, command: &ImageCommand) -> Result<()>
     match command {
         ImageCommand::Build(args) => build(context, args).await,
         ImageCommand::Ls(dir) => {
-            let manifests = ImageStore::new(&dir.image_dir).list()?;
+            let manifests = dir.store()?.list()?;
             context.out.show(&manifests, |all| table(all))
         }
         ImageCommand::Rm(args) => {
-            let store = ImageStore::new(&args.dir.image_dir);
+            let store = args.dir.store()?;
             super::each(&args.names, |name| {
                 let removed = store.remove(name).map_err(anyhow::Error::from);
                 async move { removed }
@@ -40,7 +40,7 @@ struct Built {
 }
 
 async fn build(context: &Context, args: &ImageBuildArgs) -> Result<()> {
-    let store = ImageStore::new(&args.dir.image_dir);
+    let store = args.dir.store()?;
     let work: Box<dyn FnOnce() -> Result<Image> + Send> = match &args.tiny {
         Some(binary) => {
             if args.name != ramet_image::TINY_NAME {
@@ -80,8 +80,10 @@ fn agent(args: &ImageBuildArgs) -> Result<PathBuf> {
     if let Some(agent) = &args.agent {
         return Ok(agent.clone());
     }
-    let program = std::env::current_exe().context("Can't tell where this program is")?;
-    Ok(program.with_file_name("ramet-agent"))
+    // In a build directory `ramet-agent` is one that needs libraries of this machine.
+    let dir = program_dir()?;
+    let linked = dir.join("ramet-agent-static");
+    Ok(if linked.exists() { linked } else { dir.join("ramet-agent") })
 }
 
 /// A bar on a terminal, a line for each stage elsewhere.

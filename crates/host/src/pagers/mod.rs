@@ -125,7 +125,11 @@ impl Pagers {
             ending: AtomicBool::new(false),
             ended: Notify::new(),
         });
-        let found = pager.control.ping(Duration::from_millis(200)).await.ok();
+        // Without a socket there is no pager of the daemon before.
+        let found = match pager.socket.exists() {
+            true => pager.control.ping(Duration::from_millis(200)).await.ok(),
+            false => None,
+        };
         if let Some(warning) = found.as_ref().and_then(|pong| other_version(&pong.version)) {
             tracing::warn!(%family, "{warning}");
         }
