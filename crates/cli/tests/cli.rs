@@ -171,3 +171,41 @@ async fn a_session_from_the_first_vm_to_the_last() {
     assert_eq!(good(&["ps", "-q", "--all-hosts"]), "");
     lab.down().await.unwrap();
 }
+
+#[tokio::test]
+async fn an_image_with_a_package_and_a_file_boots_with_both() {
+    let dir = tempfile::tempdir().unwrap();
+    let images = dir.path().join("images");
+    let note = dir.path().join("note");
+    std::fs::write(&note, "added by the test\n").unwrap();
+    let add = format!("{}:/opt/deep/note", note.display());
+    let at = images.to_str().unwrap();
+    let build = ["image", "build", "more", "--packages", "hello", "--add", &add, "--image-dir", at];
+    let output = ramet(&build).output().unwrap();
+    assert!(output.status.success(), "{}", err(&output));
+    assert!(err(&output).contains("packages"), "it tells what it does: {}", err(&output));
+    let listed = ramet(&["image", "ls", "--json", "--image-dir", at]).output().unwrap();
+    let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
+    assert_eq!(listed[0]["packages"][0], "hello");
+    let again = ramet(&build).output().unwrap();
+    assert!(!again.status.success() && err(&again).contains("--replace"), "{}", err(&again));
+
+    let mut options = LabOptions::for_test("image").unwrap().hosts(1).daemon_arg("--pool").daemon_arg("0");
+    options.image_dir = images;
+    let lab = Lab::up(&options).await.unwrap();
+    let good = |args: &[&str]| {
+        let output = ramet(args).env("RAMET_LAB", lab.name()).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {}", err(&output));
+        out(&output)
+    };
+    good(&["run", "more", "--name", "more", "--memory", "256M", "--accel", "tcg"]);
+    assert_eq!(good(&["exec", "more", "--", "hello"]).trim(), "Hello, world!");
+    assert_eq!(good(&["exec", "more", "--", "cat", "/opt/deep/note"]), "added by the test\n");
+    // Files go in and come out again.
+    let (there, back) = (dir.path().join("there"), dir.path().join("back"));
+    std::fs::write(&there, vec![7; 300_000]).unwrap();
+    good(&["cp", there.to_str().unwrap(), "more:/tmp/file"]);
+    good(&["cp", "more:/tmp/file", back.to_str().unwrap()]);
+    assert_eq!(std::fs::read(&back).unwrap(), vec![7; 300_000]);
+    lab.down().await.unwrap();
+}
