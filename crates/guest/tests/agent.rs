@@ -25,8 +25,9 @@ impl Drop for Agent {
 
 fn start() -> (Agent, UnixStream) {
     let (ours, theirs) = StdStream::pair().unwrap();
-    let child = Command::new(env!("CARGO_BIN_EXE_ramet-agent"))
-        .args(["serve", "--stdin"])
+    // As from a script's background, where interrupts are ignored.
+    let child = Command::new("sh")
+        .args(["-c", "trap '' INT QUIT; exec \"$0\" serve --stdin", env!("CARGO_BIN_EXE_ramet-agent")])
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .spawn()
         .unwrap();

@@ -22,6 +22,7 @@ use crate::{
     backend,
     daemon::{Daemon, all},
     error::{ApiError, ApiResult},
+    memory::needed_by_clones,
     stats::lock,
 };
 
@@ -245,6 +246,8 @@ impl Daemon {
         }
         let record = self.store.read(|s| s.checkpoints.get(&image).filter(|c| !c.pending).cloned());
         let record = record.ok_or_else(|| ApiError::new(ErrorCode::NotFound, "it is being made or removed"))?;
+        self.check_not_draining()?;
+        self.check_memory("a prepared clone", needed_by_clones(record.spec.memory, 1))?;
         let state = self.device_state(&record)?;
         let pager = self.pager(record.family).await?;
         let claimed = backend::claim(&self.pool, &record.spec).await?;

@@ -6,6 +6,7 @@ mod file;
 mod identity;
 mod port;
 mod serve;
+mod signals;
 mod stream;
 
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ Usage:
 ";
 
 fn main() -> ExitCode {
+    signals::reset();
     let args: Vec<String> = std::env::args_os().skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
