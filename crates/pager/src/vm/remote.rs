@@ -39,7 +39,7 @@ impl Vm {
                 demand: Some(since),
                 vm: Some(self.clone()),
             };
-            fetch.ask(&source);
+            fetch.ask_with_more(&source);
         } else if segment.file.state(page) == PageState::Same {
             // A page is `Same` only as one that is here. To fetch it into this file would make this layer its owner.
             return Err(io::Error::other(format!("the page below it is gone from layer {}", owner.id)));
@@ -48,6 +48,8 @@ impl Vm {
             let _ = self.uffd.wake(self.ram_addr + page.offset(), PAGE_SIZE as u64);
         }
         self.prefetch(image, segment, around);
+        // Often sent by now, with its neighbours.
+        source.flush();
         Ok(())
     }
 
