@@ -45,7 +45,7 @@ const SPIN: Duration = Duration::from_micros(40);
 /// Without root (it mounts a tmpfs), or when the kernel lacks userfaultfd.
 pub fn run(quick: bool) -> Result<Report> {
     let faults: u64 = if quick { 1_000 } else { 8_000 };
-    let rounds = if quick { 1 } else { 3 };
+    let rounds = if quick { 1 } else { 7 };
     let tmpfs = Tmpfs::mount()?;
     let mut report = Report::new("fault");
     let (mut echo, mut local, mut tcp_echo, mut tcp_fault) = (vec![], vec![], vec![], vec![]);
@@ -60,7 +60,7 @@ pub fn run(quick: bool) -> Result<Report> {
         fs::remove_dir_all(&dir)?;
     }
     let (mut copy, mut fetch) = (vec![], vec![]);
-    for round in 0..if quick { 3 } else { 7 } {
+    for round in 0..rounds.max(3) {
         let dir = tmpfs.0.join(format!("copy{round}"));
         fs::create_dir(&dir)?;
         copy.push(plain_tcp_copy(&dir)?);

@@ -43,7 +43,7 @@ pub struct Options {
     /// A peer whose machine does not answer, or that does not read, for this long is dead. Default 10 s.
     pub dead_after: Duration,
     /// How long a receiver polls before it sleeps. Waking a sleeping thread costs tens of microseconds, on the path of
-    /// every faulting page; polling costs a core meanwhile. Default 30 us.
+    /// every faulting page; polling costs a core meanwhile. Default 60 us.
     pub spin: Duration,
 }
 
@@ -53,7 +53,7 @@ impl Default for Options {
             connect: Duration::from_secs(3),
             handshake: Duration::from_secs(5),
             dead_after: Duration::from_secs(10),
-            spin: Duration::from_micros(30),
+            spin: Duration::from_micros(60),
         }
     }
 }
