@@ -140,6 +140,10 @@ pub(crate) struct ImageBuildArgs {
     /// Packages of the distribution to add, with what they depend on: python3,nginx.
     #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
     pub(crate) packages: Vec<String>,
+    /// Take the kernel and all packages from this suite of the distribution instead of this machine's: trixie,
+    /// trixie-backports, sid.
+    #[arg(long, value_name = "SUITE")]
+    pub(crate) suite: Option<String>,
     /// A file or directory of this machine to add.
     #[arg(long, value_name = "PATH:GUESTPATH")]
     pub(crate) add: Vec<String>,
@@ -147,7 +151,7 @@ pub(crate) struct ImageBuildArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) agent: Option<PathBuf>,
     /// Make an image of the bare-metal test guest in this file, instead of a Linux one.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["packages", "add", "agent"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["packages", "suite", "add", "agent"])]
     pub(crate) tiny: Option<PathBuf>,
     /// Replace an image of this name.
     #[arg(long)]

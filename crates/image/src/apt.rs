@@ -2,6 +2,10 @@
 //!
 //! apt resolves as for a machine with nothing on it (an empty status file), so the result does not depend on what this
 //! machine has; it also checks signatures and checksums.
+//!
+//! Packages of another suite than this machine's come from the distribution's mirror that this machine uses. Neither
+//! the machine's list of sources nor its own package lists are changed for that, and only the distribution's own keys
+//! are trusted.
 
 use crate::build::{Progress, Stage};
 use crate::error::{ImageError, Named};
@@ -37,12 +41,132 @@ pub(crate) struct Apt {
     archives: PathBuf,
     status: PathBuf,
     empty: PathBuf,
+    suite: Option<Suite>,
+}
+
+/// Another suite than this machine's.
+#[derive(Debug)]
+struct Suite {
+    name: String,
+    mirror: Mirror,
+    /// Where its packages come from, for apt.
+    sources: PathBuf,
+    /// apt's settings, without this machine's hooks.
+    config: PathBuf,
+    /// Its package lists.
+    lists: PathBuf,
+}
+
+impl Suite {
+    fn new(name: &str, cache: &Path, work: &Path) -> Result<Self, ImageError> {
+        check_suite(name)?;
+        let suite = Self {
+            name: name.to_owned(),
+            mirror: Mirror::of_this_machine()?,
+            sources: work.join("sources.list"),
+            config: work.join("apt.conf"),
+            lists: cache.join(format!("lists-{name}")),
+        };
+        fs::create_dir_all(suite.lists.join("partial")).named("make", &suite.lists)?;
+        fs::write(&suite.sources, suite.mirror.sources(name)).named("write", &suite.sources)?;
+        // What is to be run after an update of this machine's lists.
+        fs::write(&suite.config, "#clear APT::Update;\n").named("write", &suite.config)?;
+        Ok(suite)
+    }
+
+    /// Has apt know this suite and nothing else.
+    fn tell(&self, command: &mut Command) {
+        command.arg("-c").arg(&self.config);
+        for (name, path) in [
+            ("Dir::Etc::sourcelist", self.sources.as_path()),
+            ("Dir::State::lists", &self.lists),
+            ("Dir::Etc::sourceparts", Path::new("/dev/null")),
+            ("Dir::Etc::preferences", Path::new("/dev/null")),
+            ("Dir::Etc::preferencesparts", Path::new("/dev/null")),
+            ("Dir::Cache::pkgcache", Path::new("")),
+            ("Dir::Cache::srcpkgcache", Path::new("")),
+        ] {
+            command.arg("-o").arg(option(name, path));
+        }
+        for unsafe_way in ["AllowInsecureRepositories", "AllowWeakRepositories", "AllowDowngradeToInsecureRepositories"]
+        {
+            command.arg("-o").arg(format!("Acquire::{unsafe_way}=false"));
+        }
+        // Of backports apt takes nothing by itself where the base suite has it too. A setting of this machine must not
+        // count.
+        command.args(["-o", "APT::Default-Release="]);
+        if base_suite(&self.name).is_some() {
+            command.args(["-t", &self.name]);
+        }
+    }
+}
+
+/// Where this machine has its distribution's packages from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mirror {
+    uri: String,
+    /// The same for people: without a password.
+    shown: String,
+    keyring: PathBuf,
+}
+
+/// What [`find_mirror`] understands.
+const MIRROR_FORMAT: &str = "$(REPO_URI)|$(SITE)|$(COMPONENT)|$(RELEASE)|$(ORIGIN)|$(SIGNED_BY)";
+
+impl Mirror {
+    fn of_this_machine() -> Result<Self, ImageError> {
+        let release = ["/etc/os-release", "/usr/lib/os-release"].iter().find_map(|path| fs::read_to_string(path).ok());
+        let Some(id) = release.as_deref().and_then(os_id) else {
+            return Err(ImageError::Failed {
+                what: "tell which distribution this is".into(),
+                reason: "/etc/os-release has no ID that is a plain word; build without `--suite`".into(),
+            });
+        };
+        let output = run(Command::new("apt-get").env("LC_ALL", "C").stdin(Stdio::null()).args([
+            "indextargets",
+            "--format",
+            MIRROR_FORMAT,
+            "Created-By: Packages",
+        ]))?;
+        if !output.good {
+            return Err(ImageError::Apt { what: "find the distribution's mirror".into(), reason: output.stderr });
+        }
+        let Some(mirror) = find_mirror(&output.stdout, id) else {
+            return Err(ImageError::Apt {
+                what: "find the distribution's mirror".into(),
+                reason: format!(
+                    "no source has {id}'s own component main: the package lists may be empty, `apt-get update` fills them"
+                ),
+            });
+        };
+        if !mirror.keyring.is_file() {
+            return Err(ImageError::Failed {
+                what: format!("find the keys of {id}"),
+                reason: format!(
+                    "{} is missing; install the distribution's package of archive keys, such as debian-archive-keyring or ubuntu-keyring",
+                    mirror.keyring.display()
+                ),
+            });
+        }
+        Ok(mirror)
+    }
+
+    /// A list of sources that has the suite, and what it builds upon, alone.
+    fn sources(&self, suite: &str) -> String {
+        let line = |suite: &str| {
+            format!("deb [signed-by={} target=Packages] {} {suite} main\n", self.keyring.display(), self.uri)
+        };
+        std::iter::once(suite).chain(base_suite(suite)).map(line).collect()
+    }
 }
 
 impl Apt {
-    /// Uses `cache` for downloads and `work` for what is of this build alone.
-    pub(crate) fn new(cache: &Path, work: &Path) -> Result<Self, ImageError> {
-        let apt = Self { archives: cache.join("debs"), status: work.join("status"), empty: work.join("no-archives") };
+    /// Uses `cache` for downloads and `work` for what is of this build alone. Packages come from `suite`, or else from
+    /// where this machine has its own.
+    pub(crate) fn new(cache: &Path, work: &Path, suite: Option<&str>) -> Result<Self, ImageError> {
+        let suite = suite.map(|name| Suite::new(name, cache, work)).transpose()?;
+        let (archives, status, empty) = (cache.join("debs"), work.join("status"), work.join("no-archives"));
+        let apt = Self { archives, status, empty, suite };
         for dir in [&apt.archives, &apt.empty] {
             fs::create_dir_all(dir.join("partial")).named("make", dir)?;
         }
@@ -52,33 +176,66 @@ impl Apt {
 
     fn command(&self, archives: &Path) -> Command {
         let mut command = Command::new("apt-get");
-        let option = |name: &str, path: &Path| {
-            let mut text = OsString::from(name);
-            text.push("=");
-            text.push(path);
-            text
-        };
         command.env("LC_ALL", "C").env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null());
         command.arg("-o").arg(option("Dir::State::status", &self.status));
         command.arg("-o").arg(option("Dir::Cache::archives", archives));
         // The places are ours alone, and the one that downloads need not be another user's.
         command.args(["-o", "Debug::NoLocking=true", "-o", "APT::Sandbox::User=root", "-o", "APT::Status-Fd=1"]);
         command.args(["-o", "APT::Get::AllowUnauthenticated=false", "-qq", "--yes", "--no-install-recommends"]);
+        if let Some(suite) = &self.suite {
+            suite.tell(&mut command);
+        }
         command
+    }
+
+    /// The suite, when it is not this machine's.
+    pub(crate) fn suite(&self) -> Option<&str> {
+        self.suite.as_ref().map(|suite| suite.name.as_str())
+    }
+
+    /// Reads the package lists of the suite. Those of this machine are taken as they are.
+    pub(crate) fn update(&self, progress: &mut dyn FnMut(Progress)) -> Result<(), ImageError> {
+        let Some(suite) = &self.suite else { return Ok(()) };
+        progress(Progress { stage: Stage::Updating, fraction: 0.0 });
+        let mut command = self.command(&self.empty);
+        // Otherwise it is no error to go on with older lists, or with none.
+        command.args(["-o", "APT::Update::Error-Mode=any", "update"]);
+        let Some(reason) = fetch(&mut command, Stage::Updating, progress)? else { return Ok(()) };
+        if reason.contains("does not have a Release file") {
+            // Nothing is kept for a name that was mistyped.
+            let _ = fs::remove_dir_all(&suite.lists);
+            return Err(ImageError::NoSuite { suite: suite.name.clone(), mirror: suite.mirror.shown.clone() });
+        }
+        if reason.contains("is not signed") || reason.contains("NO_PUBKEY") {
+            return Err(ImageError::Untrusted {
+                suite: suite.name.clone(),
+                keyring: suite.mirror.keyring.clone(),
+                reason,
+            });
+        }
+        Err(ImageError::Apt { what: format!("read the package lists of the suite {:?}", suite.name), reason })
+    }
+
+    fn no_package(&self, package: &str) -> ImageError {
+        let package = package.to_owned();
+        match self.suite() {
+            Some(suite) => ImageError::NoSuitePackage { package, suite: suite.to_owned() },
+            None => ImageError::NoPackage { package },
+        }
     }
 
     /// The packages and all that they depend on, in the order of their names.
     pub(crate) fn resolve(&self, packages: &[&str]) -> Result<Vec<Deb>, ImageError> {
         for package in packages {
             if !is_package_name(package) {
-                return Err(ImageError::NoPackage { package: (*package).to_owned() });
+                return Err(self.no_package(package));
             }
         }
         let output = run(self.command(&self.empty).args(["--print-uris", "install", "--"]).args(packages))?;
         if !output.good {
             if let Some(package) = packages.iter().find(|package| output.stderr.contains(&format!("package {package}")))
             {
-                return Err(ImageError::NoPackage { package: (*package).to_owned() });
+                return Err(self.no_package(package));
             }
             let what = format!("find what {} needs", packages.join(", "));
             return Err(ImageError::Apt { what, reason: output.stderr });
@@ -96,27 +253,11 @@ impl Apt {
 
     /// Downloads what [`Apt::resolve`] finds for the same packages, unless it is there.
     pub(crate) fn download(&self, packages: &[&str], progress: &mut dyn FnMut(Progress)) -> Result<(), ImageError> {
-        let what = || format!("download {}", packages.join(", "));
         let mut command = self.command(&self.archives);
         command.args(["--download-only", "install", "--"]).args(packages);
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let tool = |source| ImageError::Tool { tool: "apt-get".into(), source };
-        let mut child = command.spawn().map_err(tool)?;
-        if let Some(stdout) = child.stdout.take() {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                if let Some(percent) = parse_progress(&line) {
-                    progress(Progress { stage: Stage::Downloading, fraction: percent / 100.0 });
-                }
-            }
-        }
-        let mut stderr = String::new();
-        if let Some(mut from) = child.stderr.take() {
-            from.read_to_string(&mut stderr).map_err(tool)?;
-        }
-        if child.wait().map_err(tool)?.success() {
-            Ok(())
-        } else {
-            Err(ImageError::Apt { what: what(), reason: said(&stderr) })
+        match fetch(&mut command, Stage::Downloading, progress)? {
+            None => Ok(()),
+            Some(reason) => Err(ImageError::Apt { what: format!("download {}", packages.join(", ")), reason }),
         }
     }
 
@@ -131,6 +272,37 @@ impl Apt {
         let _ = fs::remove_file(&path);
         Err(ImageError::Failed { what: format!("unpack {}", deb.file), reason: output.stderr })
     }
+}
+
+/// An option of apt.
+fn option(name: &str, path: &Path) -> OsString {
+    let mut text = OsString::from(name);
+    text.push("=");
+    text.push(path);
+    text
+}
+
+/// Has apt download something; what it said if it could not.
+fn fetch(
+    command: &mut Command,
+    stage: Stage,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Option<String>, ImageError> {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let tool = |source| ImageError::Tool { tool: "apt-get".into(), source };
+    let mut child = command.spawn().map_err(tool)?;
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            if let Some(percent) = parse_progress(&line) {
+                progress(Progress { stage, fraction: percent / 100.0 });
+            }
+        }
+    }
+    let mut stderr = String::new();
+    if let Some(mut from) = child.stderr.take() {
+        from.read_to_string(&mut stderr).map_err(tool)?;
+    }
+    Ok(if child.wait().map_err(tool)?.success() { None } else { Some(said(&stderr)) })
 }
 
 struct Output {
@@ -151,7 +323,8 @@ fn run(command: &mut Command) -> Result<Output, ImageError> {
 
 /// What a tool said, on one line.
 fn said(stderr: &str) -> String {
-    let lines: Vec<&str> = stderr.lines().map(|line| line.trim_start_matches("E: ").trim()).collect();
+    let lines: Vec<&str> =
+        stderr.lines().map(|line| line.trim_start_matches("E: ").trim_start_matches("W: ").trim()).collect();
     lines.into_iter().filter(|line| !line.is_empty()).take(6).collect::<Vec<_>>().join("; ")
 }
 
@@ -159,6 +332,62 @@ fn said(stderr: &str) -> String {
 fn is_package_name(name: &str) -> bool {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     name.len() >= 2 && name.bytes().next().is_some_and(plain) && name.bytes().all(|b| plain(b) || b"+-.".contains(&b))
+}
+
+/// Whether that can be the name of a suite: it becomes part of a list of sources, of options and of paths.
+pub(crate) fn check_suite(suite: &str) -> Result<(), ImageError> {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    if (1..=40).contains(&suite.len()) && !suite.starts_with('-') && suite.bytes().all(plain) {
+        Ok(())
+    } else {
+        Err(ImageError::BadSuite { suite: suite.to_owned() })
+    }
+}
+
+/// The suite that a suite of backports builds upon.
+fn base_suite(suite: &str) -> Option<&str> {
+    suite.strip_suffix("-backports").filter(|base| !base.is_empty())
+}
+
+/// The distribution's name for programs, out of `os-release`.
+fn os_id(release: &str) -> Option<&str> {
+    let value = release.lines().find_map(|line| line.strip_prefix("ID="))?.trim();
+    let id = value.trim_matches(['"', '\'']);
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    (!id.is_empty() && id.bytes().all(|b| plain(b) || b"-_.".contains(&b)) && id.bytes().next().is_some_and(plain))
+        .then_some(id)
+}
+
+/// The mirror of the distribution `id` among apt's sources, which are given as [`MIRROR_FORMAT`]. Sources of others,
+/// and those of the distribution's security updates, do not have its suites.
+fn find_mirror(targets: &str, id: &str) -> Option<Mirror> {
+    targets.lines().find_map(|line| {
+        let fields: Vec<&str> = line.splitn(6, '|').collect();
+        let [uri, site, component, release, origin, signed_by] = fields.as_slice() else { return None };
+        let extra = ["-security", "-updates", "/updates"].iter().any(|end| release.ends_with(end));
+        if !origin.eq_ignore_ascii_case(id) || *component != "main" || extra || !is_mirror(uri) {
+            return None;
+        }
+        // Older versions of apt do not tell, and it may be a key instead of its file.
+        let keyring = if is_keyring(signed_by) {
+            PathBuf::from(signed_by)
+        } else {
+            PathBuf::from(format!("/usr/share/keyrings/{id}-archive-keyring.gpg"))
+        };
+        let shown = site.trim_end_matches('/').to_owned();
+        Some(Mirror { uri: (*uri).to_owned(), shown, keyring })
+    })
+}
+
+/// Whether that can stand in a list of sources as it is, and has more than one suite.
+fn is_mirror(uri: &str) -> bool {
+    let plain = |c: char| c.is_ascii_graphic() && !"[]#\"".contains(c);
+    uri.contains(":/") && !uri.starts_with("cdrom:") && uri.chars().all(plain)
+}
+
+/// Whether that can stand in an option of a list of sources as it is.
+fn is_keyring(path: &str) -> bool {
+    path.starts_with('/') && path.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-".contains(&b))
 }
 
 /// `'URL' FILE SIZE HASH`.
@@ -193,6 +422,77 @@ mod tests {
         assert!(is_package_name("libstdc++6") && is_package_name("python3.11"));
         for bad in ["", "x", "-o", "--yes", "a/b", "a b", "A", "../x", "x=1"] {
             assert!(!is_package_name(bad), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn names_of_suites_are_plain_words() {
+        for good in ["sid", "bullseye", "trixie-backports", "24", "a-", &"x".repeat(40)] {
+            assert!(check_suite(good).is_ok(), "{good:?}");
+        }
+        let long = "x".repeat(41);
+        for bad in
+            ["", "-", "-t", "--yes", "-backports", "Sid", "a b", "a/b", "../x", "a.b", "a\nb", "a]b", "a=b", "é", &long]
+        {
+            let error = check_suite(bad).unwrap_err();
+            assert!(matches!(&error, ImageError::BadSuite { suite } if suite == bad), "{bad:?}");
+            assert!(error.to_string().contains("a-z, 0-9"));
+        }
+    }
+
+    #[test]
+    fn backports_build_upon_their_base() {
+        assert_eq!(base_suite("trixie-backports"), Some("trixie"));
+        for own in ["trixie", "backports", "-backports", "trixie-backports-sloppy"] {
+            assert_eq!(base_suite(own), None);
+        }
+    }
+
+    #[test]
+    fn the_distribution_names_itself() {
+        assert_eq!(os_id("NAME=\"Debian GNU/Linux\"\nVERSION_ID=\"12\"\nID=debian\n"), Some("debian"));
+        assert_eq!(os_id("ID=\"ubuntu\"\nID_LIKE=debian"), Some("ubuntu"));
+        for bad in ["", "VERSION_ID=12", "ID=", "ID=../x", "ID=.x", "ID=a b"] {
+            assert_eq!(os_id(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn the_mirror_is_the_distributions_own() {
+        let targets = "\
+https://deb.nodesource.com/node_20.x/|https://deb.nodesource.com/node_20.x|main|nodistro|. nodistro|$(SIGNED_BY)
+http://sec.debian.org/debian-security/|http://sec.debian.org/debian-security|main|bookworm-security|Debian|$(SIGNED_BY)
+http://x/debian/|http://x/debian|main|bookworm-updates|Debian|$(SIGNED_BY)
+http://x/debian/|http://x/debian|contrib|bookworm|Debian|$(SIGNED_BY)
+cdrom://[Debian 12]/|cdrom://[Debian 12]|main|bookworm|Debian|$(SIGNED_BY)
+http://u:p@deb.debian.org/debian/|http://deb.debian.org/debian|main|bookworm|Debian|$(SIGNED_BY)
+http://later/debian/|http://later/debian|main|bookworm|Debian|$(SIGNED_BY)
+";
+        let mirror = find_mirror(targets, "debian").unwrap();
+        let keyring = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        assert_eq!(
+            (mirror.shown.as_str(), mirror.keyring.as_path()),
+            ("http://deb.debian.org/debian", Path::new(keyring))
+        );
+        let line = |suite: &str| {
+            format!("deb [signed-by={keyring} target=Packages] http://u:p@deb.debian.org/debian/ {suite} main\n")
+        };
+        assert_eq!(mirror.sources("sid"), line("sid"));
+        assert_eq!(mirror.sources("trixie-backports"), line("trixie-backports") + &line("trixie"));
+        assert_eq!(find_mirror(targets, "ubuntu"), None);
+        // Lists that were never read have no origin.
+        assert_eq!(find_mirror("http://x/|http://x|main|bookworm|$(ORIGIN)|$(SIGNED_BY)", "debian"), None);
+        assert_eq!(find_mirror("garbage\n|||||\n||", "debian"), None);
+    }
+
+    #[test]
+    fn a_sources_own_keyring_is_taken_only_as_a_plain_path() {
+        let of = |signed: &str| {
+            find_mirror(&format!("http://x/|http://x|main|sid|Debian|{signed}"), "debian").unwrap().keyring
+        };
+        assert_eq!(of("/etc/apt/keyrings/own.gpg"), Path::new("/etc/apt/keyrings/own.gpg"));
+        for other in ["", "$(SIGNED_BY)", "-----BEGIN PGP", "/a b", "/a] http://evil", "ABCDEF0123456789"] {
+            assert_eq!(of(other), Path::new("/usr/share/keyrings/debian-archive-keyring.gpg"), "{other:?}");
         }
     }
 }

@@ -1,11 +1,12 @@
 //! Building a Linux image: kernel, modules, busybox, agent, packages, files; all packed into an initramfs.
 
-use crate::apt::{Apt, Deb};
+use crate::apt::{Apt, Deb, check_suite};
 use crate::cpio::Lz4;
 use crate::error::{ImageError, Named};
 use crate::modules::{Available, Module};
 use crate::store::{Image, ImageStore, check_name};
 use crate::tree::Tree;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,8 @@ pub struct BuildOptions {
     pub name: String,
     /// Packages of the distribution, besides the kernel and busybox.
     pub packages: Vec<String>,
+    /// The distribution's suite that the kernel and all packages come from; by default what this machine has.
+    pub suite: Option<String>,
     /// Files and directories of the host, and where they go in the guest; see [`parse_add`].
     pub add: Vec<(PathBuf, String)>,
     /// The agent, linked statically.
@@ -50,6 +53,8 @@ pub struct BuildOptions {
 /// What a build is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
+    /// Reading what packages the suite has, when it is not this machine's.
+    Updating,
     /// Asking the distribution what the packages need.
     Resolving,
     /// Downloading packages.
@@ -63,6 +68,7 @@ pub enum Stage {
 impl std::fmt::Display for Stage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Self::Updating => "reading the suite's package lists",
             Self::Resolving => "resolving packages",
             Self::Downloading => "downloading packages",
             Self::Unpacking => "unpacking packages",
@@ -107,6 +113,8 @@ impl ImageStore {
     /// Names what is missing; nothing half-made stays behind, and an older image of the name stays as it was.
     pub fn build(&self, options: &BuildOptions, progress: &mut dyn FnMut(Progress)) -> Result<Image, ImageError> {
         check_name(&options.name)?;
+        let suite = options.suite.as_deref();
+        suite.map(check_suite).transpose()?;
         check_agent(&options.agent)?;
         let _lock = self.lock()?;
         if !options.replace && self.dir().join(&options.name).exists() {
@@ -115,8 +123,9 @@ impl ImageStore {
         let work = self.workplace()?;
         let scratch =
             tempfile::Builder::new().prefix(".build-").tempdir_in(self.dir()).named("write to", self.dir())?;
+        let apt = Apt::new(&self.cache_dir(), scratch.path(), suite)?;
+        apt.update(progress)?;
         progress(Progress { stage: Stage::Resolving, fraction: 0.0 });
-        let apt = Apt::new(&self.cache_dir(), scratch.path())?;
         let kernel = kernel_package(&apt)?;
         let mut wanted: Vec<&str> = vec!["busybox-static"];
         wanted.extend(options.packages.iter().map(String::as_str));
@@ -153,7 +162,8 @@ impl ImageStore {
         let packed = tree.write(Lz4::new(file).named("write", &path)?, &path)?;
         packed.finish().named("write", &path)?;
         let contents = all.iter().map(|deb| deb.title()).collect();
-        let manifest = Self::linux_manifest(work.path(), &options.name, CMDLINE, &options.packages, contents, version)?;
+        let manifest =
+            Self::linux_manifest(work.path(), &options.name, CMDLINE, &options.packages, contents, version, suite)?;
         self.publish(work, manifest)
     }
 }
@@ -220,31 +230,61 @@ fn add_modules(tree: &mut Tree, kernel: &Path, version: &str) -> Result<(), Imag
     let wanted: Vec<&str> = BOOT_MODULES.iter().chain(&MORE_MODULES).copied().collect();
     let all = available.closure(&wanted)?;
     let place = format!("/usr/lib/modules/{version}");
-    let mut dependencies = String::new();
     for module in &all {
         tree.bytes(&format!("{place}/{}.ko", module.name), 0o644, module.bytes.clone());
-        let needed: Vec<String> = module.depends.iter().map(|name| format!("{}.ko", name.replace('-', "_"))).collect();
-        dependencies.push_str(&format!("{}.ko: {}\n", module.name, needed.join(" ")));
     }
-    tree.bytes(&format!("{place}/modules.dep"), 0o644, dependencies);
+    tree.bytes(&format!("{place}/modules.dep"), 0o644, modules_dep(&all));
     let line = |module: &Module| format!("{place}/{}.ko\n", module.name);
     tree.bytes("/etc/ramet/modules", 0o644, boot.iter().map(line).collect::<String>());
     Ok(())
 }
 
+/// `modules.dep`, out of modules each of which comes after what it needs. busybox's `modprobe` loads no more than a
+/// line names, the last first: so a line has all that is needed, directly or not.
+fn modules_dep(modules: &[Module]) -> String {
+    let mut text = String::new();
+    for (number, module) in modules.iter().enumerate() {
+        text.push_str(&format!("{}.ko:", module.name));
+        let mut needed: BTreeSet<String> = names_of(&module.depends).collect();
+        for below in modules[..number].iter().rev() {
+            if needed.contains(&below.name) {
+                text.push_str(&format!(" {}.ko", below.name));
+                needed.extend(names_of(&below.depends));
+            }
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// Names of modules as [`Module::name`] has them.
+fn names_of(depends: &[String]) -> impl Iterator<Item = String> {
+    depends.iter().map(|name| name.replace('-', "_"))
+}
+
 /// The first of the kernels that the distribution has.
 fn kernel_package(apt: &Apt) -> Result<&'static str, ImageError> {
-    KERNELS.into_iter().find(|name| apt.has(name)).ok_or_else(|| ImageError::Apt {
-        what: "find a kernel".into(),
-        reason: format!(
-            "none of {} can be had: the package lists may be empty, `apt-get update` fills them",
-            KERNELS.join(", ")
-        ),
+    KERNELS.into_iter().find(|name| apt.has(name)).ok_or_else(|| {
+        let all = KERNELS.join(", ");
+        match apt.suite() {
+            Some(suite) => ImageError::Failed {
+                what: format!("find a kernel in the suite {suite:?}"),
+                reason: format!("none of {all} can be had; use a suite that is complete, such as a release's name"),
+            },
+            None => ImageError::Apt {
+                what: "find a kernel".into(),
+                reason: format!(
+                    "none of {all} can be had: the package lists may be empty, `apt-get update` fills them"
+                ),
+            },
+        }
     })
 }
 
+/// Whether a package has the kernel or its modules. Newer suites have `vmlinuz` in `linux-binary-VERSION`, and
+/// `linux-image-VERSION` does no more than depend on the parts.
 fn is_kernel(deb: &Deb) -> bool {
-    ["linux-image-", "linux-modules-"].iter().any(|start| deb.name().starts_with(start))
+    ["linux-image-", "linux-binary-", "linux-modules-"].iter().any(|start| deb.name().starts_with(start))
 }
 
 /// `/lib/WHAT` of a kernel's packages, wherever their distribution has it.
@@ -253,17 +293,30 @@ fn kernel_dir(kernel: &Path, what: &str) -> PathBuf {
     if merged.is_dir() { merged } else { kernel.join("lib").join(what) }
 }
 
-/// The kernel and its version.
+/// The kernel and its version: `/boot/vmlinuz-VERSION`, or in newer suites `vmlinuz` beside its modules.
 fn find_kernel(root: &Path, package: &str) -> Result<(PathBuf, String), ImageError> {
-    let boot = root.join("boot");
     let mut found = Vec::new();
-    for entry in fs::read_dir(&boot).named("read", &boot)?.flatten() {
-        if let Some(version) = entry.file_name().to_str().and_then(|name| name.strip_prefix("vmlinuz-")) {
-            found.push((entry.path(), version.to_owned()));
+    for name in names_in(&root.join("boot"))? {
+        if let Some(version) = name.strip_prefix("vmlinuz-") {
+            found.push((root.join("boot").join(&name), version.to_owned()));
         }
     }
+    if found.is_empty() {
+        let modules = kernel_dir(root, "modules");
+        let kernels = names_in(&modules)?.into_iter().map(|version| (modules.join(&version).join("vmlinuz"), version));
+        found.extend(kernels.filter(|(path, _)| path.is_file()));
+    }
     found.sort();
-    found.pop().ok_or_else(|| ImageError::NoPackage { package: format!("{package} (with boot/vmlinuz-* in it)") })
+    found.pop().ok_or_else(|| ImageError::NoPackage { package: format!("{package} (with vmlinuz in it)") })
+}
+
+/// The names in a directory, none if it does not exist.
+fn names_in(dir: &Path) -> Result<Vec<String>, ImageError> {
+    if !dir.is_dir() {
+        return Ok(Vec::new());
+    }
+    let entries = fs::read_dir(dir).named("read", dir)?.flatten();
+    Ok(entries.filter_map(|entry| entry.file_name().into_string().ok()).collect())
 }
 
 fn is_under(path: &str, dir: &str) -> bool {
@@ -327,6 +380,55 @@ mod tests {
         assert!(text(&own).contains("statically"), "tests are linked dynamically");
         assert!(text(&own[..60]).contains("cut short"));
         assert!(check_agent(&dir.path().join("nosuch")).unwrap_err().to_string().contains("nosuch"));
+    }
+
+    #[test]
+    fn all_parts_of_a_kernel_are_taken() {
+        let is = |name: &str| is_kernel(&Deb { file: format!("{name}_7.2.13-1_amd64.deb") });
+        for name in ["linux-image-cloud-amd64", "linux-image-6.1", "linux-binary-7.2", "linux-modules-7.2"] {
+            assert!(is(name), "{name}");
+        }
+        for name in ["linux-base", "linux-headers-7.2", "initramfs-tools", "kmod", "grub-pc"] {
+            assert!(!is(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_is_found_in_its_old_and_its_new_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |path: &str| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, "").unwrap();
+            path
+        };
+        let error = find_kernel(dir.path(), "linux-image-x").unwrap_err().to_string();
+        assert!(error.contains("linux-image-x"), "{error}");
+        put("usr/lib/modules/6.9/kernel/x.ko");
+        let new = put("usr/lib/modules/7.2/vmlinuz");
+        assert_eq!(find_kernel(dir.path(), "x").unwrap(), (new, "7.2".to_owned()));
+        put("boot/config-6.1");
+        let old = put("boot/vmlinuz-6.1");
+        assert_eq!(find_kernel(dir.path(), "x").unwrap(), (old, "6.1".to_owned()));
+    }
+
+    #[test]
+    fn modprobe_is_told_of_all_that_a_module_needs() {
+        let module = |name: &str, depends: &[&str]| Module {
+            name: name.to_owned(),
+            bytes: Vec::new(),
+            depends: depends.iter().map(|name| (*name).to_owned()).collect(),
+        };
+        let all = [
+            module("failover", &[]),
+            module("virtio", &[]),
+            module("net_failover", &["failover"]),
+            module("virtio_net", &["net-failover", "virtio", "built_in"]),
+        ];
+        let text = "failover.ko:\nvirtio.ko:\nnet_failover.ko: failover.ko\n\
+                    virtio_net.ko: net_failover.ko virtio.ko failover.ko\n";
+        assert_eq!(modules_dep(&all), text);
+        assert_eq!(modules_dep(&[]), "");
     }
 
     #[test]

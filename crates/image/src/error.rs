@@ -62,6 +62,51 @@ pub enum ImageError {
         /// The package.
         package: String,
     },
+    /// No such package in the suite.
+    #[error(
+        "the distribution's suite {suite:?} has no package {package:?}; check the name, or build without `--suite` or \
+         with another one"
+    )]
+    NoSuitePackage {
+        /// The package.
+        package: String,
+        /// The suite.
+        suite: String,
+    },
+    /// A name that cannot be a suite's.
+    #[error(
+        "{suite:?} cannot be the name of a suite: use 1 to 40 of a-z, 0-9, `-`, not beginning with `-`, such as trixie or \
+         trixie-backports"
+    )]
+    BadSuite {
+        /// The name.
+        suite: String,
+    },
+    /// The distribution does not have that suite.
+    #[error(
+        "the distribution has no suite {suite:?} at {mirror}; see {mirror}/dists for those that it has, and use such a \
+         name with `--suite`"
+    )]
+    NoSuite {
+        /// The suite.
+        suite: String,
+        /// Where it was looked for.
+        mirror: String,
+    },
+    /// The suite is not signed with the distribution's keys.
+    #[error(
+        "the distribution's suite {suite:?} cannot be trusted: no key in {} has signed it ({reason}); a newer version of \
+         this machine's package of archive keys may have the key",
+        keyring.display()
+    )]
+    Untrusted {
+        /// The suite.
+        suite: String,
+        /// The distribution's keys.
+        keyring: PathBuf,
+        /// What apt said.
+        reason: String,
+    },
     /// Packages cannot be resolved or downloaded.
     #[error("cannot {what}: {reason}; check the network and /etc/apt/sources.list*, then try again")]
     Apt {

@@ -69,6 +69,9 @@ pub struct Manifest {
     pub contents: Vec<String>,
     /// Version of the kernel.
     pub kernel_version: String,
+    /// The distribution's suite that it was made of, when that is not the machine's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suite: Option<String>,
 }
 
 /// An image whose files are whole.
@@ -195,6 +198,7 @@ impl ImageStore {
             packages: Vec::new(),
             contents: Vec::new(),
             kernel_version: env!("CARGO_PKG_VERSION").into(),
+            suite: None,
         };
         self.publish(work, manifest)
     }
@@ -285,6 +289,7 @@ impl ImageStore {
         packages: &[String],
         contents: Vec<String>,
         kernel_version: String,
+        suite: Option<&str>,
     ) -> Result<Manifest, ImageError> {
         Ok(Manifest {
             format: FORMAT,
@@ -297,6 +302,7 @@ impl ImageStore {
             packages: packages.to_vec(),
             contents,
             kernel_version,
+            suite: suite.map(str::to_owned),
         })
     }
 }
@@ -375,6 +381,17 @@ mod tests {
         assert!(matches!(store.load("tiny"), Err(ImageError::Format { found: 99, known: FORMAT, .. })));
         fs::write(store.dir().join("tiny/image.json"), json.replace("\"kernel\",", "\"../../x\",")).unwrap();
         assert!(text(&store).contains("does not belong"));
+    }
+
+    #[test]
+    fn a_manifest_need_not_name_a_suite() {
+        let (_dir, store) = store();
+        let path = store.dir().join("tiny/image.json");
+        let json = fs::read_to_string(&path).unwrap();
+        assert!(!json.contains("suite"), "so older images load as well");
+        assert_eq!(store.load("tiny").unwrap().manifest.suite, None);
+        fs::write(&path, json.replace("\"format\": 1,", "\"format\": 1, \"suite\": \"sid\",")).unwrap();
+        assert_eq!(store.load("tiny").unwrap().manifest.suite.as_deref(), Some("sid"));
     }
 
     #[test]

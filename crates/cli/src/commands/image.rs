@@ -53,6 +53,7 @@ async fn build(context: &Context, args: &ImageBuildArgs) -> Result<()> {
             let options = BuildOptions {
                 name: args.name.clone(),
                 packages: args.packages.clone(),
+                suite: args.suite.clone(),
                 add: args.add.iter().map(|text| parse_add(text)).collect::<Result<_, _>>()?,
                 agent: agent(args)?,
                 replace: args.replace,
@@ -95,7 +96,7 @@ struct Bar {
 impl Bar {
     fn new() -> Self {
         let bar = ProgressBar::new(1000);
-        if let Ok(style) = ProgressStyle::with_template("{msg:24} {wide_bar} {percent:>3}%") {
+        if let Ok(style) = ProgressStyle::with_template("{msg:34} {wide_bar} {percent:>3}%") {
             bar.set_style(style);
         }
         Self { bar, last: std::cell::Cell::new(None) }
@@ -119,7 +120,7 @@ impl Drop for Bar {
 }
 
 fn table(manifests: &[Manifest]) -> String {
-    let mut rows = Rows::new(&["NAME", "GUEST", ">SIZE", "KERNEL", "AGE", "PACKAGES"]);
+    let mut rows = Rows::new(&["NAME", "GUEST", ">SIZE", "KERNEL", "SUITE", "AGE", "PACKAGES"]);
     for manifest in manifests {
         let size = manifest.kernel.size + manifest.initrd.as_ref().map_or(0, |initrd| initrd.size);
         rows.add([
@@ -127,6 +128,7 @@ fn table(manifests: &[Manifest]) -> String {
             manifest.kind.to_string(),
             output::bytes(size >> 10 << 10),
             manifest.kernel_version.clone(),
+            manifest.suite.clone().unwrap_or_default(),
             output::age(manifest.created * 1000),
             manifest.packages.join(","),
         ]);

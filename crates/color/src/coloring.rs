@@ -1,0 +1,336 @@
+//! Coloring a guest's memory, from beginning to end.
+
+use crate::{
+    ColorMap, FileFacts, FileId, KernelFacts, Method,
+    files::{Earlier, Files},
+    frames::{FrameTable, Pass},
+    kernel::{self, Kernel, Layout, Search},
+    lru,
+    map::{Color, MAX_PROCESSES, Place, RawPlace},
+    memory::{ColorError, GuestMemory, Physical},
+    paging::{CpuRoot, Half, IMAGE_START, KernelSpace, Leaf, VMALLOC_END, Visitor, walk},
+    processes::{Walker, find_roots, from_page_tables, identify},
+    vmcoreinfo::Vmcoreinfo,
+};
+use ramet_memory::{PAGE_SIZE, PageIndex, PageSet};
+
+/// Files that may have another number of pages than was counted before no page is called free: one in so many, or a few
+/// that were being changed when the guest stopped.
+const FILES_PER_MISMATCH: usize = 100;
+const MISMATCHES: usize = 2;
+/// Pages that are free and in use at once, beyond which no page is called free: one in so many.
+const FREE_PER_CONFLICT: u64 = 1000;
+/// Free pages that are looked at for a pattern.
+const SAMPLES: usize = 512;
+/// What a kernel with `page_poison=1` fills free pages with.
+const POISON: u8 = 0xaa;
+
+/// What was learnt about a guest's kernel, for the next map of the same guest. Not valid for another guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Knowledge {
+    kernel: Kernel,
+    layout: Layout,
+}
+
+/// An earlier map of the same guest, to make a later one with less work.
+#[derive(Debug, Clone, Copy)]
+pub struct Base<'a> {
+    /// The map.
+    pub map: &'a ColorMap,
+    /// What was learnt when it was made.
+    pub knowledge: &'a Knowledge,
+    /// Pages that may have changed since.
+    pub changed: &'a PageSet,
+}
+
+/// A map, and what was learnt while making it.
+#[derive(Debug)]
+pub struct Colored {
+    /// The map.
+    pub map: ColorMap,
+    /// What was learnt; `None` where no kernel was understood.
+    pub knowledge: Option<Knowledge>,
+}
+
+/// Tells what every page of a guest's memory is.
+///
+/// Looks at memory and the CPUs' page-table roots only. Takes time and memory in proportion to the guest's memory, whatever
+/// is in it. Where the guest is not understood, the map says less, and why ([`ColorMap::method`], [`ColorMap::trouble`]).
+/// With a `base` of the same guest, what has not changed since is not looked for again; the map is the same.
+///
+/// # Errors
+/// When memory can't be read. A guest that makes no sense is no error.
+pub fn color(memory: &dyn GuestMemory, cpus: &[CpuRoot], base: Option<Base<'_>>) -> Result<Colored, ColorError> {
+    let physical = &Physical::new(memory);
+    let base = base.filter(|base| base.map.pages() == physical.pages() && base.changed.universe() == physical.pages());
+    let kernel = match known_kernel(physical, cpus, base)? {
+        Some(kernel) => kernel,
+        None => match kernel::find(physical, cpus)? {
+            Search::Found(kernel) => *kernel,
+            Search::Nothing(trouble) => return without_frames(physical, cpus, trouble),
+        },
+    };
+    let space = &KernelSpace::new(physical, kernel.root, kernel.levels)?;
+    // Whether what was learnt of another boot fits is not asked: its notes would differ.
+    let known = base.filter(|base| base.knowledge.kernel == kernel).map(|base| base.knowledge.layout.clone());
+    let layout = match known {
+        Some(layout) => layout,
+        None => match Layout::find(space, &kernel)? {
+            Ok(layout) => layout,
+            Err(trouble) => return without_frames(physical, cpus, trouble),
+        },
+    };
+    let table = match FrameTable::find(space, &kernel)? {
+        Ok(table) => table,
+        Err(trouble) => return without_frames(physical, cpus, trouble),
+    };
+    let knowledge = Knowledge { kernel, layout };
+    let map = with_frames(space, &knowledge, table, base)?;
+    Ok(Colored { map, knowledge: Some(knowledge) })
+}
+
+/// The kernel of the base, when its notes are where they were and it still fits the CPUs.
+fn known_kernel(
+    physical: &Physical<'_>,
+    cpus: &[CpuRoot],
+    base: Option<Base<'_>>,
+) -> Result<Option<Kernel>, ColorError> {
+    let Some(base) = base else { return Ok(None) };
+    let page = base.knowledge.kernel.notes_page;
+    let mut bytes = [0; PAGE_SIZE];
+    physical.read_page_file(page.offset(), &mut bytes)?;
+    match Vmcoreinfo::parse(&bytes) {
+        Some(notes) if notes == base.knowledge.kernel.notes => kernel::check(physical, page, notes, cpus),
+        _ => Ok(None),
+    }
+}
+
+fn without_frames(physical: &Physical<'_>, cpus: &[CpuRoot], trouble: String) -> Result<Colored, ColorError> {
+    let mut map = ColorMap::unknown(physical.pages(), trouble);
+    if !from_page_tables(physical, cpus, &mut map)? {
+        map.trouble = match map.trouble.as_str() {
+            "" => "no page tables of a kernel are known".into(),
+            other => format!("{other}; and no page tables of a kernel are known"),
+        };
+    }
+    Ok(Colored { map, knowledge: None })
+}
+
+fn with_frames(
+    space: &KernelSpace<'_>,
+    knowledge: &Knowledge,
+    table: FrameTable,
+    base: Option<Base<'_>>,
+) -> Result<ColorMap, ColorError> {
+    let Knowledge { kernel, layout } = knowledge;
+    let physical = space.physical;
+    let mut map = ColorMap::unknown(physical.pages(), "");
+    let earlier = base.map(|base| Earlier::new(base.map, base.changed));
+    let mut files = layout.types.as_ref().map(|types| Files::new(space, types, earlier));
+    let pass = Pass::new(space, table, layout, files.as_mut(), &mut map)?;
+    let (findings, next, first) = pass.run()?;
+    map.method = if files.is_some() { Method::Full } else { Method::FrameTable };
+    map.kernel = Some(kernel_facts(space, kernel));
+    lru::place(&mut map, &next, &first);
+    drop((next, first));
+    let mut doubts = Vec::new();
+    if findings.bad_blocks > 0 {
+        doubts.push(format!("{} free blocks make no sense", findings.bad_blocks));
+    }
+    match &mut files {
+        Some(files) => {
+            let (agreeing, all) = files.agreeing();
+            let mismatches = all - agreeing;
+            if mismatches > MISMATCHES.max(all / FILES_PER_MISMATCH) {
+                doubts.push(format!("{mismatches} of {all} files have other pages than the kernel says"));
+            }
+            map.files = std::mem::take(&mut files.files);
+            map.superblocks = std::mem::take(&mut files.superblocks);
+        }
+        None => doubts.push("the kernel has no type information (BTF) to check it by".into()),
+    }
+    map.caches = findings.caches;
+    drop(files);
+    sort_files(&mut map);
+    kernel_pages(space, kernel, table, &mut map)?;
+    let conflicts = processes(space, knowledge, table, &findings.candidates, base, &mut map)?;
+    if conflicts > findings.free / FREE_PER_CONFLICT {
+        doubts.push(format!("{conflicts} free pages are in use"));
+    }
+    if doubts.is_empty() {
+        map.poisons_free = has_pattern(physical, &map)?;
+    } else {
+        map.colors.iter_mut().filter(|color| **color == Color::Free).for_each(|color| *color = Color::Unknown);
+        let why = format!("no page is called free: {}", doubts.join("; "));
+        map.trouble = if map.trouble.is_empty() { why } else { format!("{}; {why}", map.trouble) };
+    }
+    Ok(map)
+}
+
+/// Numbers files by their file system and path: so neighbours in a directory are neighbours in number, two maps of a guest
+/// look alike, and a map packs well.
+fn sort_files(map: &mut ColorMap) {
+    let key = |file: &FileFacts| (file.superblock, file.path.clone(), file.inode, file.mapping);
+    let mut order: Vec<u32> = (0..).take(map.files.len()).collect();
+    order.sort_by_cached_key(|&old| key(&map.files[old as usize]));
+    let mut numbers = vec![0; order.len()];
+    for (new, &old) in (0..).zip(&order) {
+        numbers[old as usize] = new;
+    }
+    map.files = order.iter().map(|&old| std::mem::take(&mut map.files[old as usize])).collect();
+    for place in &mut map.places {
+        if let Some(Place::File(FileId(old), offset)) = place.get() {
+            *place = RawPlace::new(Place::File(FileId(numbers[old as usize]), offset));
+        }
+    }
+}
+
+fn kernel_facts(space: &KernelSpace<'_>, kernel: &Kernel) -> KernelFacts {
+    let anchor = image_anchor(kernel);
+    let end = space.image().map(|(va, len)| va.saturating_add(len)).max().unwrap_or(anchor);
+    KernelFacts {
+        release: kernel.notes.text("OSRELEASE").unwrap_or("").chars().take(64).collect(),
+        build: kernel.notes.text("BUILD-ID").unwrap_or("").chars().take(64).collect(),
+        levels: kernel.levels,
+        image: kernel.text_gpa - (kernel.text - anchor),
+        image_pages: u32::try_from(end.saturating_sub(anchor) / PAGE_SIZE as u64).unwrap_or(u32::MAX),
+    }
+}
+
+/// Where the kernel's image begins: its text, at a multiple of 2 MiB.
+fn image_anchor(kernel: &Kernel) -> u64 {
+    kernel.text & !((2 << 20) - 1)
+}
+
+/// Colors what the kernel maps outside the mapping of all memory: its image, its frame table, its vmalloc area.
+fn kernel_pages(
+    space: &KernelSpace<'_>,
+    kernel: &Kernel,
+    table: FrameTable,
+    map: &mut ColorMap,
+) -> Result<(), ColorError> {
+    let pages = space.physical.pages();
+    let last = space.physical.frame(PageIndex(pages.0.saturating_sub(1)));
+    let mut visitor = KernelPages {
+        space,
+        map,
+        table,
+        anchor: image_anchor(kernel),
+        frames: last + 1,
+        seen: PageSet::new(pages),
+        direct: space.direct_map..space.direct_map.saturating_add((last + 1) * PAGE_SIZE as u64),
+    };
+    walk(space.physical, space.root, space.levels, Half::Upper, &mut visitor)
+}
+
+struct KernelPages<'a> {
+    space: &'a KernelSpace<'a>,
+    map: &'a mut ColorMap,
+    table: FrameTable,
+    anchor: u64,
+    frames: u64,
+    seen: PageSet,
+    direct: std::ops::Range<u64>,
+}
+
+impl KernelPages<'_> {
+    fn one(&mut self, page: PageIndex, va: u64, execute: bool) {
+        let at = page.0 as usize;
+        let color = &mut self.map.colors[at];
+        if !matches!(color, Color::KernelOther | Color::Unknown) {
+            return;
+        }
+        if (IMAGE_START..IMAGE_START + (1 << 30)).contains(&va) {
+            *color = if execute { Color::KernelCode } else { Color::KernelOther };
+            if let Some(offset) = va.checked_sub(self.anchor) {
+                self.map.places[at] = RawPlace::new(Place::KernelImage((offset / PAGE_SIZE as u64) as u32));
+            }
+        } else if let Some(own) = self.table.own_page(va, self.frames) {
+            *color = Color::KernelOther;
+            self.map.places[at] = RawPlace::new(Place::FrameTable(own));
+        } else if execute {
+            *color = Color::KernelCode;
+        } else if !(VMALLOC_END..IMAGE_START).contains(&va) {
+            *color = Color::Vmalloc;
+        }
+    }
+}
+
+impl Visitor for KernelPages<'_> {
+    fn table(&mut self, page: PageIndex, level: u8) -> bool {
+        if !self.seen.insert(page) {
+            return false;
+        }
+        let at = page.0 as usize;
+        if matches!(self.map.colors[at], Color::KernelOther | Color::Unknown | Color::PageTables) {
+            self.map.colors[at] = Color::PageTables;
+            self.map.places[at] = RawPlace::new(Place::PageTable(level));
+        }
+        true
+    }
+
+    fn leaf(&mut self, leaf: Leaf) -> bool {
+        if leaf.user || self.direct.contains(&leaf.va) || leaf.len >= 1 << 30 {
+            return true;
+        }
+        for offset in (0..leaf.len).step_by(PAGE_SIZE) {
+            if let Some(page) = self.space.physical.page(leaf.gpa + offset) {
+                self.one(page, leaf.va + offset, leaf.execute);
+            }
+        }
+        true
+    }
+}
+
+/// Walks the page tables of all processes; returns how many pages were free and in use at once.
+fn processes(
+    space: &KernelSpace<'_>,
+    knowledge: &Knowledge,
+    table: FrameTable,
+    candidates: &[u32],
+    base: Option<Base<'_>>,
+    map: &mut ColorMap,
+) -> Result<u64, ColorError> {
+    let physical = space.physical;
+    // A page that was no root and has not changed is none.
+    let was_none = |page: PageIndex| {
+        base.is_some_and(|base| {
+            base.knowledge.kernel == knowledge.kernel
+                && !base.changed.contains(page)
+                && !matches!(base.map.place(page), Some(Place::PageTable(4 | 5)))
+        })
+    };
+    let candidates = candidates.iter().map(|&page| PageIndex(u64::from(page)));
+    let roots = find_roots(physical, space.root, candidates.filter(|&page| !was_none(page)))?;
+    let mut walker = Walker::new(physical, map);
+    for root in roots.into_iter().take(MAX_PROCESSES) {
+        let facts = match &knowledge.layout.types {
+            Some(types) => identify(space, table, types, root)?,
+            None => Some(crate::ProcessFacts { root: physical.gpa(root), ..Default::default() }),
+        };
+        if let Some(facts) = facts {
+            walker.process(facts, knowledge.kernel.levels)?;
+        }
+    }
+    let (conflicts, incomplete) = (walker.conflicts, walker.incomplete);
+    if incomplete {
+        map.trouble = "processes map so much that some of it was left out".into();
+    }
+    Ok(conflicts)
+}
+
+/// Whether free pages are filled with the pattern that the kernel looks for when they are used again.
+fn has_pattern(physical: &Physical<'_>, map: &ColorMap) -> Result<bool, ColorError> {
+    let free = map.colors.iter().filter(|color| **color == Color::Free).count();
+    let step = (free / SAMPLES).max(1);
+    let pages = (0u64..).zip(&map.colors).filter(|(_, color)| **color == Color::Free).map(|(page, _)| page);
+    let (mut looked_at, mut poisoned) = (0, 0);
+    let mut bytes = [0; PAGE_SIZE];
+    for page in pages.step_by(step) {
+        physical.read_page_file(PageIndex(page).offset(), &mut bytes)?;
+        looked_at += 1;
+        poisoned += usize::from(bytes.iter().all(|&b| b == POISON));
+    }
+    // Few pages look like that by chance; a kernel that does it does it with nearly all.
+    Ok(poisoned > 0 && poisoned * 4 >= looked_at)
+}
