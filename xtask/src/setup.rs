@@ -11,12 +11,14 @@ use anyhow::{Context as _, Result, bail};
 use crate::run::{Tool, find, say, step};
 
 /// What has to be on the machine: a file or program that tells, and the package that brings it.
-const NEEDED: [(Probe, &str, &str); 8] = [
+const NEEDED: [(Probe, &str, &str); 10] = [
     (Probe::Program("qemu-system-x86_64"), "qemu-system-x86", "runs the VMs"),
     (Probe::Program("ip"), "iproute2", "makes the hosts of a lab"),
     (Probe::Program("dpkg-deb"), "dpkg", "unpacks the guest's packages"),
     (Probe::Program("xz"), "xz-utils", "unpacks them"),
     (Probe::Program("zstd"), "zstd", "unpacks them"),
+    (Probe::Program("setpriv"), "util-linux", "ends the VMs of benches and tests with them"),
+    (Probe::Program("mkfs.ext4"), "e2fsprogs", "makes the disk of a bench's VMs"),
     (Probe::Program("cc"), "gcc", "links Rust programs"),
     (Probe::Library("libc.a"), "libc6-dev", "links the guest's agent statically"),
     (Probe::File("/etc/ssl/certs/ca-certificates.crt"), "ca-certificates", "lets apt and cargo download"),
@@ -78,7 +80,7 @@ impl Built {
 pub(crate) fn all(root: &Path, profile: Profile) -> Result<Built> {
     packages()?;
     let built = build(root, profile)?;
-    images(root, &built)?;
+    images(root, &built, profile)?;
     Ok(built)
 }
 
@@ -113,7 +115,7 @@ pub(crate) fn packages() -> Result<()> {
     Ok(())
 }
 
-/// Builds the workspace, the guest's agent (static) and the tiny guest.
+/// Builds the workspace, the programs for guests (static) and the tiny guest.
 fn build(root: &Path, profile: Profile) -> Result<Built> {
     let directory = profile.directory();
     step(&format!("Building Ramet ({directory})"));
@@ -121,33 +123,33 @@ fn build(root: &Path, profile: Profile) -> Result<Built> {
     let tool = with_profile(Tool::cargo(root).args(["build", "--workspace", "--bins", "--lib"]));
     // Tests run some examples as programs of their own.
     if profile == Profile::Dev { tool.arg("--examples") } else { tool }.run()?;
-    step("Building the guest's agent (static) and the tiny guest");
-    agent_build(root).run()?;
+    step("Building the guest's agent and the tests' program for guests (static), and the tiny guest");
+    for (package, program) in GUEST_PROGRAMS {
+        guest_build(root, package, program).run()?;
+    }
     tiny_build(root).run()?;
     let built = Built { bin_dir: target(root).join(directory), images: target(root).join("images") };
-    // Where `ramet image build` looks for it.
-    let beside = built.bin("ramet-agent-static");
-    std::fs::copy(static_agent(root), &beside).with_context(|| format!("Can't write {}", beside.display()))?;
+    // Where `ramet image build` looks for the agent, and `ramet-bench color` for both.
+    for (_, program) in GUEST_PROGRAMS {
+        let (made, beside) = (guest_program(root, program), built.bin(&format!("{program}-static")));
+        if !up_to_date(&beside, &made)? {
+            std::fs::copy(made, &beside).with_context(|| format!("Can't write {}", beside.display()))?;
+        }
+    }
     Ok(built)
 }
 
-/// The guest's agent, as [`agent_build`] makes it.
-fn static_agent(root: &Path) -> PathBuf {
-    target(root).join("guest/x86_64-unknown-linux-gnu/guest/ramet-agent")
+/// Programs that run in guests: package and name.
+const GUEST_PROGRAMS: [(&str, &str); 2] = [("ramet-guest", "ramet-agent"), ("ramet-truth", "ramet-truth")];
+
+/// A program for guests, as [`guest_build`] makes it.
+fn guest_program(root: &Path, program: &str) -> PathBuf {
+    target(root).join("guest/x86_64-unknown-linux-gnu/guest").join(program)
 }
 
-fn agent_build(root: &Path) -> Tool {
+fn guest_build(root: &Path, package: &str, program: &str) -> Tool {
     Tool::cargo(root)
-        .args([
-            "build",
-            "--profile",
-            "guest",
-            "--package",
-            "ramet-guest",
-            "--bin",
-            "ramet-agent",
-            "--no-default-features",
-        ])
+        .args(["build", "--profile", "guest", "--package", package, "--bin", program, "--no-default-features"])
         .args(["--target", "x86_64-unknown-linux-gnu", "--target-dir"])
         .arg(target(root).join("guest"))
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
@@ -167,23 +169,33 @@ pub(crate) fn target(root: &Path) -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |dir| root.join(dir))
 }
 
-/// Builds the guest images `default` and `tiny` unless they are newer than what they are made of.
-fn images(root: &Path, built: &Built) -> Result<()> {
-    let parts: [(&str, PathBuf); 2] =
-        [("default", static_agent(root)), ("tiny", target(root).join("tiny/release/ramet-tiny"))];
-    for (name, part) in parts {
-        if up_to_date(&built.images.join(name).join("image.json"), &part)? {
-            continue;
+/// Builds the guest images `default` and `tiny`, and those of tests for tests, unless they are newer than what they are made of.
+fn images(root: &Path, built: &Built, profile: Profile) -> Result<()> {
+    let (agent, truth) = (guest_program(root, "ramet-agent"), guest_program(root, "ramet-truth"));
+    let tiny = target(root).join("tiny/release/ramet-tiny");
+    let mut add = truth.clone().into_os_string();
+    add.push(":/usr/bin/ramet-truth");
+    image(built, "default", &[&agent], |tool| tool.arg("--agent").arg(&agent))?;
+    image(built, "tiny", &[&tiny], |tool| tool.arg("--tiny").arg(&tiny))?;
+    if profile == Profile::Dev {
+        // A kernel of this machine's distribution, and a newer one.
+        for (name, suite) in [("truth", &[][..]), ("truth-trixie", &["--suite", "trixie"])] {
+            image(built, name, &[&agent, &truth], |tool| {
+                tool.arg("--agent").arg(&agent).arg("--add").arg(&add).args(suite)
+            })?;
         }
-        step(&format!("Building the guest image '{name}'"));
-        let option = if name == "tiny" { "--tiny" } else { "--agent" };
-        Tool::new(built.bin("ramet"))
-            .args(["image", "build", name, option])
-            .arg(&part)
-            .arg("--image-dir")
-            .arg(&built.images)
-            .arg("--replace")
-            .run()?;
+    }
+    Ok(())
+}
+
+fn image(built: &Built, name: &str, parts: &[&Path], options: impl FnOnce(Tool) -> Tool) -> Result<()> {
+    let made = built.images.join(name).join("image.json");
+    for part in parts {
+        if !up_to_date(&made, part)? {
+            step(&format!("Building the guest image '{name}'"));
+            let tool = Tool::new(built.bin("ramet")).args(["image", "build", name, "--replace", "--image-dir"]);
+            return options(tool.arg(&built.images)).run();
+        }
     }
     Ok(())
 }

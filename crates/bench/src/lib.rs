@@ -3,6 +3,7 @@
 #![warn(missing_docs)]
 
 pub mod clone;
+pub mod color;
 pub mod demo;
 pub mod fault;
 mod qemu;

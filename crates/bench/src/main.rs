@@ -1,11 +1,11 @@
 //! `ramet-bench`: the demo and the benches, as `cargo xtask` runs them.
 #![forbid(unsafe_code)]
 
-use std::{io::Write as _, process::ExitCode};
+use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
-use ramet_bench::{clone, demo, fault, report::Report};
+use ramet_bench::{clone, color, demo, fault, report::Report};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The demo and the benches of Ramet. All of them need root.
@@ -30,6 +30,16 @@ enum Command {
     Clone,
     /// What a missing page costs, against the least that kernel and network allow.
     Fault,
+    /// Whether the colors of running guests' pages are right, what they cost, and whether free pages are.
+    Color,
+    /// What `color` measures in a process of its own.
+    #[command(hide = true)]
+    ColorChild {
+        /// The guest's RAM.
+        ram: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
 }
 
 fn main() -> ExitCode {
@@ -44,8 +54,14 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
-    if let Command::Fault = cli.command {
-        return print_report(cli, &fault::run(cli.quick)?);
+    match &cli.command {
+        Command::Fault => return print_report(cli, &fault::run(cli.quick)?),
+        Command::Color => return print_report(cli, &color::run(cli.quick)?),
+        Command::ColorChild { ram, bytes } => {
+            color::child(ram, *bytes)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Demo | Command::Clone => {}
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {

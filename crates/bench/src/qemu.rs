@@ -2,14 +2,8 @@
 //! from that file by `-incoming`. Nothing of Ramet's is involved but the guest image and its agent.
 
 use std::{
-    collections::VecDeque,
     fs::{self, File},
-    io::{BufRead as _, BufReader, IoSlice, Write as _},
-    mem::MaybeUninit,
-    os::{
-        fd::{AsFd as _, AsRawFd as _},
-        unix::net::UnixStream,
-    },
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -18,11 +12,9 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use ramet_guest::host::AgentClient;
 use ramet_memory::ByteSize;
-use rustix::{
-    io::FdFlags,
-    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
-};
-use serde_json::{Value, json};
+use ramet_truth::qmp::Qmp;
+use rustix::io::FdFlags;
+use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(180);
 
@@ -109,7 +101,7 @@ impl Qemu {
             }
         }
         let mut child = command.spawn().context("Can't start qemu-system-x86_64")?;
-        match Qmp::connect(&qmp, &mut child) {
+        match Qmp::connect(&qmp, &mut child, LIMIT) {
             Ok(qmp) => Ok(Self { child, qmp, agent }),
             Err(err) => {
                 let _ = child.kill();
@@ -126,7 +118,7 @@ impl Qemu {
         // The default limit is 128 MiB/s.
         self.qmp.call("migrate-set-parameters", &json!({ "max-bandwidth": 1_u64 << 40 }))?;
         self.qmp.call_with_fd("getfd", &json!({ "fdname": "copy" }), &file)?;
-        self.qmp.events.clear();
+        self.qmp.forget_events();
         self.qmp.call("stop", &json!({}))?;
         self.qmp.call("migrate", &json!({ "uri": "fd:copy" }))?;
         let deadline = Instant::now() + LIMIT;
@@ -180,87 +172,5 @@ impl Drop for Qemu {
         // Both fail only when it has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-/// QEMU's control channel, as little of it as needed.
-#[derive(Debug)]
-struct Qmp {
-    writer: UnixStream,
-    reader: BufReader<UnixStream>,
-    events: VecDeque<Value>,
-}
-
-impl Qmp {
-    fn connect(path: &Path, child: &mut Child) -> Result<Self> {
-        let deadline = Instant::now() + Duration::from_secs(30);
-        let writer = loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => break stream,
-                Err(err) => {
-                    if let Some(status) = child.try_wait()? {
-                        bail!("it ended ({status})");
-                    }
-                    ensure!(Instant::now() < deadline, "no control channel: {err}");
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-            }
-        };
-        writer.set_read_timeout(Some(LIMIT))?;
-        let reader = BufReader::new(writer.try_clone()?);
-        let mut qmp = Self { writer, reader, events: VecDeque::new() };
-        qmp.read()?;
-        qmp.call("qmp_capabilities", &json!({}))?;
-        Ok(qmp)
-    }
-
-    fn read(&mut self) -> Result<Value> {
-        let mut line = String::new();
-        ensure!(self.reader.read_line(&mut line)? > 0, "QEMU closed its control channel");
-        Ok(serde_json::from_str(&line)?)
-    }
-
-    fn call(&mut self, command: &str, arguments: &Value) -> Result<Value> {
-        let line = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
-        self.writer.write_all(line.as_bytes())?;
-        self.reply(command)
-    }
-
-    fn call_with_fd(&mut self, command: &str, arguments: &Value, file: &File) -> Result<Value> {
-        let line = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
-        let fds = [file.as_fd()];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        ensure!(control.push(SendAncillaryMessage::ScmRights(&fds)), "no room for a descriptor");
-        let sent = sendmsg(&self.writer, &[IoSlice::new(line.as_bytes())], &mut control, SendFlags::empty())?;
-        ensure!(sent == line.len(), "QEMU's control channel takes only {sent} bytes");
-        self.reply(command)
-    }
-
-    fn reply(&mut self, command: &str) -> Result<Value> {
-        loop {
-            let mut message = self.read()?;
-            if message.get("event").is_some() {
-                self.events.push_back(message);
-            } else if let Some(value) = message.get_mut("return") {
-                return Ok(value.take());
-            } else {
-                bail!("QEMU refused {command}: {}", message["error"]["desc"]);
-            }
-        }
-    }
-
-    /// When the next event of this name happened, since 1970; waits for it.
-    fn event(&mut self, name: &str) -> Result<Duration> {
-        loop {
-            let event = match self.events.pop_front() {
-                Some(event) => event,
-                None => self.read().with_context(|| format!("No event {name} from QEMU"))?,
-            };
-            if event["event"] == name {
-                let time = |field: &str| event["timestamp"][field].as_u64().unwrap_or(0);
-                return Ok(Duration::from_secs(time("seconds")) + Duration::from_micros(time("microseconds")));
-            }
-        }
     }
 }

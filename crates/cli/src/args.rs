@@ -71,6 +71,8 @@ pub(crate) enum Command {
     Stats(StatsArgs),
     /// Checkpoint a VM, which goes on; or list, show and remove checkpoints.
     Checkpoint(CheckpointArgs),
+    /// Show what memory is used for: kernel, processes, files, free.
+    Colors(ColorsArgs),
     /// Make clones of a checkpoint.
     Clone(CloneArgs),
     /// Checkpoint a VM and make clones, in one step.
@@ -392,6 +394,26 @@ pub(crate) struct WarmArgs {
     /// Hosts that are to have them [default: the daemon's own].
     #[arg(long, value_delimiter = ',', value_name = "HOST,...")]
     pub(crate) on: Vec<String>,
+}
+
+/// `ramet colors`
+#[derive(Debug, Args)]
+pub(crate) struct ColorsArgs {
+    /// A checkpoint: its id, or the first digits of it. Or a VM: a checkpoint of it is made for this, and removed.
+    #[arg(value_name = "CHECKPOINT|VM")]
+    pub(crate) what: String,
+    /// Show what has changed since this checkpoint of the same family instead.
+    #[arg(long, value_name = "CHECKPOINT")]
+    pub(crate) diff: Option<String>,
+    /// Draw the map as a PNG file: a point for each page. With --diff only pages that changed are drawn.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) png: Option<PathBuf>,
+    /// Draw the map as an SVG file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+    /// How many of the largest files, processes and slab caches to list.
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    pub(crate) largest: usize,
 }
 
 /// `ramet fork`

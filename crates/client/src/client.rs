@@ -297,6 +297,33 @@ impl Client {
         self.json(Method::POST, &format!("/v1/vms/{}/fork", quote(vm)), request).await
     }
 
+    /// What the pages of a checkpoint are; waits until that is known. `largest`: how many files, processes and slab caches.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn colors(&self, checkpoint: &str, largest: Option<usize>) -> Result<api::CheckpointColors, Error> {
+        let largest = largest.map_or_else(String::new, |largest| format!("?largest={largest}"));
+        self.get(&format!("/v1/checkpoints/{}/colors{largest}", quote(checkpoint))).await
+    }
+
+    /// The checkpoint's color map, encoded; waits until there is one.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn color_map(&self, checkpoint: &str) -> Result<Vec<u8>, Error> {
+        let path = format!("/v1/checkpoints/{}/colors/map", quote(checkpoint));
+        let response = self.send(self.request(Method::GET, &path, empty())?).await?;
+        self.bytes(response.into_body()).await
+    }
+
+    /// The pages in which a checkpoint differs from another one of its family.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn changed_pages(&self, checkpoint: &str, since: &str) -> Result<api::ChangedPages, Error> {
+        self.get(&format!("/v1/checkpoints/{}/changed?since={}", quote(checkpoint), quote(since))).await
+    }
+
     /// The checkpoint's descriptor, as it goes to another host.
     ///
     /// # Errors

@@ -63,16 +63,20 @@ impl<'a> Btf<'a> {
         let mut chunk = vec![0; CHUNK];
         let image: Vec<_> = space.image().collect();
         let mut tries = 16;
+        // What looks like the kernel's image may be one page mapped again and again.
+        let mut budget = space.physical.pages().size().bytes().saturating_mul(4).saturating_add(16 << 20);
         for (start, len) in image {
             let mut at = 0;
             while at < len {
                 let now = usize::try_from(len - at).unwrap_or(CHUNK).min(CHUNK);
+                let Some(left) = budget.checked_sub(now as u64) else { return Ok(None) };
+                budget = left;
                 if space.read(start + at, &mut chunk[..now])? {
                     for (number, word) in chunk[..now].as_chunks::<4>().0.iter().enumerate() {
                         if *word != MAGIC {
                             continue;
                         }
-                        if let Some(btf) = Self::open(space, start + at + 4 * number as u64, names)? {
+                        if let Some(btf) = Self::open(space, start + at + 4 * number as u64, names, &mut budget)? {
                             return Ok(Some(btf));
                         }
                         tries -= 1;
@@ -88,7 +92,12 @@ impl<'a> Btf<'a> {
     }
 
     /// The type information at an address, if it is that.
-    fn open(space: &'a KernelSpace<'a>, va: u64, names: &[&'static str]) -> Result<Option<Self>, ColorError> {
+    fn open(
+        space: &'a KernelSpace<'a>,
+        va: u64,
+        names: &[&'static str],
+        budget: &mut u64,
+    ) -> Result<Option<Self>, ColorError> {
         let mut header = [0; 24];
         if !space.read(va, &mut header)? {
             return Ok(None);
@@ -103,6 +112,8 @@ impl<'a> Btf<'a> {
         if !sane {
             return Ok(None);
         }
+        let Some(left) = budget.checked_sub(u64::from(types_len) + u64::from(strings_len)) else { return Ok(None) };
+        *budget = left;
         let body = va + u64::from(header_len);
         let mut btf = Self {
             space,

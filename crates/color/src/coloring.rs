@@ -4,15 +4,18 @@ use crate::{
     ColorMap, FileFacts, FileId, KernelFacts, Method,
     files::{Earlier, Files},
     frames::{FrameTable, Pass},
-    kernel::{self, Kernel, Layout, Search},
+    kernel::{self, Kernel, Knowledge, Layout, Search},
+    kernel_pages::color_kernel,
     lru,
     map::{Color, MAX_PROCESSES, Place, RawPlace},
     memory::{ColorError, GuestMemory, Physical},
-    paging::{CpuRoot, Half, IMAGE_START, KernelSpace, Leaf, VMALLOC_END, Visitor, walk},
-    processes::{Walker, find_roots, from_page_tables, identify},
+    paging::{CpuRoot, KernelSpace},
+    processes::{Walker, find_roots, identify},
+    tables_only::from_page_tables,
     vmcoreinfo::Vmcoreinfo,
 };
 use ramet_memory::{PAGE_SIZE, PageIndex, PageSet};
+use std::collections::HashMap;
 
 /// Files that may have another number of pages than was counted before no page is called free: one in so many, or a few
 /// that were being changed when the guest stopped.
@@ -25,31 +28,13 @@ const SAMPLES: usize = 512;
 /// What a kernel with `page_poison=1` fills free pages with.
 const POISON: u8 = 0xaa;
 
-/// What was learnt about a guest's kernel, for the next map of the same guest. Not valid for another guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Knowledge {
-    kernel: Kernel,
-    layout: Layout,
-}
-
 /// An earlier map of the same guest, to make a later one with less work.
 #[derive(Debug, Clone, Copy)]
 pub struct Base<'a> {
     /// The map.
     pub map: &'a ColorMap,
-    /// What was learnt when it was made.
-    pub knowledge: &'a Knowledge,
     /// Pages that may have changed since.
     pub changed: &'a PageSet,
-}
-
-/// A map, and what was learnt while making it.
-#[derive(Debug)]
-pub struct Colored {
-    /// The map.
-    pub map: ColorMap,
-    /// What was learnt; `None` where no kernel was understood.
-    pub knowledge: Option<Knowledge>,
 }
 
 /// Tells what every page of a guest's memory is.
@@ -60,21 +45,20 @@ pub struct Colored {
 ///
 /// # Errors
 /// When memory can't be read. A guest that makes no sense is no error.
-pub fn color(memory: &dyn GuestMemory, cpus: &[CpuRoot], base: Option<Base<'_>>) -> Result<Colored, ColorError> {
+pub fn color(memory: &dyn GuestMemory, cpus: &[CpuRoot], base: Option<Base<'_>>) -> Result<ColorMap, ColorError> {
     let physical = &Physical::new(memory);
     let base = base.filter(|base| base.map.pages() == physical.pages() && base.changed.universe() == physical.pages());
-    let kernel = match known_kernel(physical, cpus, base)? {
-        Some(kernel) => kernel,
+    // Known from the base only if it is the same boot of the same kernel: the layout of its structures holds then.
+    let (kernel, base) = match known_kernel(physical, cpus, base)? {
+        Some(kernel) => (kernel, base),
         None => match kernel::find(physical, cpus)? {
-            Search::Found(kernel) => *kernel,
+            Search::Found(kernel) => (*kernel, None),
             Search::Nothing(trouble) => return without_frames(physical, cpus, trouble),
         },
     };
     let space = &KernelSpace::new(physical, kernel.root, kernel.levels)?;
-    // Whether what was learnt of another boot fits is not asked: its notes would differ.
-    let known = base.filter(|base| base.knowledge.kernel == kernel).map(|base| base.knowledge.layout.clone());
-    let layout = match known {
-        Some(layout) => layout,
+    let layout = match base.and_then(|base| base.map.knowledge.as_ref()) {
+        Some(known) => known.layout.clone(),
         None => match Layout::find(space, &kernel)? {
             Ok(layout) => layout,
             Err(trouble) => return without_frames(physical, cpus, trouble),
@@ -84,9 +68,7 @@ pub fn color(memory: &dyn GuestMemory, cpus: &[CpuRoot], base: Option<Base<'_>>)
         Ok(table) => table,
         Err(trouble) => return without_frames(physical, cpus, trouble),
     };
-    let knowledge = Knowledge { kernel, layout };
-    let map = with_frames(space, &knowledge, table, base)?;
-    Ok(Colored { map, knowledge: Some(knowledge) })
+    with_frames(space, &kernel, layout, table, base)
 }
 
 /// The kernel of the base, when its notes are where they were and it still fits the CPUs.
@@ -95,17 +77,20 @@ fn known_kernel(
     cpus: &[CpuRoot],
     base: Option<Base<'_>>,
 ) -> Result<Option<Kernel>, ColorError> {
-    let Some(base) = base else { return Ok(None) };
-    let page = base.knowledge.kernel.notes_page;
+    let Some(known) = base.and_then(|base| base.map.knowledge.as_ref()) else { return Ok(None) };
+    let page = known.notes_page;
+    if page.0 >= physical.pages().0 {
+        return Ok(None);
+    }
     let mut bytes = [0; PAGE_SIZE];
     physical.read_page_file(page.offset(), &mut bytes)?;
     match Vmcoreinfo::parse(&bytes) {
-        Some(notes) if notes == base.knowledge.kernel.notes => kernel::check(physical, page, notes, cpus),
+        Some(notes) if notes.sum() == known.notes => kernel::check(physical, page, notes, cpus),
         _ => Ok(None),
     }
 }
 
-fn without_frames(physical: &Physical<'_>, cpus: &[CpuRoot], trouble: String) -> Result<Colored, ColorError> {
+fn without_frames(physical: &Physical<'_>, cpus: &[CpuRoot], trouble: String) -> Result<ColorMap, ColorError> {
     let mut map = ColorMap::unknown(physical.pages(), trouble);
     if !from_page_tables(physical, cpus, &mut map)? {
         map.trouble = match map.trouble.as_str() {
@@ -113,21 +98,21 @@ fn without_frames(physical: &Physical<'_>, cpus: &[CpuRoot], trouble: String) ->
             other => format!("{other}; and no page tables of a kernel are known"),
         };
     }
-    Ok(Colored { map, knowledge: None })
+    Ok(map)
 }
 
 fn with_frames(
     space: &KernelSpace<'_>,
-    knowledge: &Knowledge,
+    kernel: &Kernel,
+    layout: Layout,
     table: FrameTable,
     base: Option<Base<'_>>,
 ) -> Result<ColorMap, ColorError> {
-    let Knowledge { kernel, layout } = knowledge;
     let physical = space.physical;
     let mut map = ColorMap::unknown(physical.pages(), "");
     let earlier = base.map(|base| Earlier::new(base.map, base.changed));
     let mut files = layout.types.as_ref().map(|types| Files::new(space, types, earlier));
-    let pass = Pass::new(space, table, layout, files.as_mut(), &mut map)?;
+    let pass = Pass::new(space, table, &layout, files.as_mut(), &mut map)?;
     let (findings, next, first) = pass.run()?;
     map.method = if files.is_some() { Method::Full } else { Method::FrameTable };
     map.kernel = Some(kernel_facts(space, kernel));
@@ -152,18 +137,27 @@ fn with_frames(
     map.caches = findings.caches;
     drop(files);
     sort_files(&mut map);
-    kernel_pages(space, kernel, table, &mut map)?;
-    let conflicts = processes(space, knowledge, table, &findings.candidates, base, &mut map)?;
+    let kernel_conflicts = color_kernel(space, kernel, table, &mut map)?;
+    let conflicts = kernel_conflicts + processes(space, &layout, table, &findings.candidates, base, &mut map)?;
+    tables_by_type(&findings.typed, &mut map);
+    if !map.trouble.is_empty() {
+        doubts.push("a process that was not looked at may use any page".to_owned());
+    }
     if conflicts > findings.free / FREE_PER_CONFLICT {
         doubts.push(format!("{conflicts} free pages are in use"));
     }
     if doubts.is_empty() {
-        map.poisons_free = has_pattern(physical, &map)?;
+        map.poisons_free = match base {
+            // A kernel is told when it boots.
+            Some(base) if base.map.trouble.is_empty() => base.map.poisons_free,
+            _ => has_pattern(physical, &map)?,
+        };
     } else {
         map.colors.iter_mut().filter(|color| **color == Color::Free).for_each(|color| *color = Color::Unknown);
         let why = format!("no page is called free: {}", doubts.join("; "));
         map.trouble = if map.trouble.is_empty() { why } else { format!("{}; {why}", map.trouble) };
     }
+    map.knowledge = Some(Knowledge { notes_page: kernel.notes_page, notes: kernel.notes.sum(), layout });
     Ok(map)
 }
 
@@ -186,7 +180,7 @@ fn sort_files(map: &mut ColorMap) {
 }
 
 fn kernel_facts(space: &KernelSpace<'_>, kernel: &Kernel) -> KernelFacts {
-    let anchor = image_anchor(kernel);
+    let anchor = kernel.image();
     let end = space.image().map(|(va, len)| va.saturating_add(len)).max().unwrap_or(anchor);
     KernelFacts {
         release: kernel.notes.text("OSRELEASE").unwrap_or("").chars().take(64).collect(),
@@ -197,95 +191,10 @@ fn kernel_facts(space: &KernelSpace<'_>, kernel: &Kernel) -> KernelFacts {
     }
 }
 
-/// Where the kernel's image begins: its text, at a multiple of 2 MiB.
-fn image_anchor(kernel: &Kernel) -> u64 {
-    kernel.text & !((2 << 20) - 1)
-}
-
-/// Colors what the kernel maps outside the mapping of all memory: its image, its frame table, its vmalloc area.
-fn kernel_pages(
-    space: &KernelSpace<'_>,
-    kernel: &Kernel,
-    table: FrameTable,
-    map: &mut ColorMap,
-) -> Result<(), ColorError> {
-    let pages = space.physical.pages();
-    let last = space.physical.frame(PageIndex(pages.0.saturating_sub(1)));
-    let mut visitor = KernelPages {
-        space,
-        map,
-        table,
-        anchor: image_anchor(kernel),
-        frames: last + 1,
-        seen: PageSet::new(pages),
-        direct: space.direct_map..space.direct_map.saturating_add((last + 1) * PAGE_SIZE as u64),
-    };
-    walk(space.physical, space.root, space.levels, Half::Upper, &mut visitor)
-}
-
-struct KernelPages<'a> {
-    space: &'a KernelSpace<'a>,
-    map: &'a mut ColorMap,
-    table: FrameTable,
-    anchor: u64,
-    frames: u64,
-    seen: PageSet,
-    direct: std::ops::Range<u64>,
-}
-
-impl KernelPages<'_> {
-    fn one(&mut self, page: PageIndex, va: u64, execute: bool) {
-        let at = page.0 as usize;
-        let color = &mut self.map.colors[at];
-        if !matches!(color, Color::KernelOther | Color::Unknown) {
-            return;
-        }
-        if (IMAGE_START..IMAGE_START + (1 << 30)).contains(&va) {
-            *color = if execute { Color::KernelCode } else { Color::KernelOther };
-            if let Some(offset) = va.checked_sub(self.anchor) {
-                self.map.places[at] = RawPlace::new(Place::KernelImage((offset / PAGE_SIZE as u64) as u32));
-            }
-        } else if let Some(own) = self.table.own_page(va, self.frames) {
-            *color = Color::KernelOther;
-            self.map.places[at] = RawPlace::new(Place::FrameTable(own));
-        } else if execute {
-            *color = Color::KernelCode;
-        } else if !(VMALLOC_END..IMAGE_START).contains(&va) {
-            *color = Color::Vmalloc;
-        }
-    }
-}
-
-impl Visitor for KernelPages<'_> {
-    fn table(&mut self, page: PageIndex, level: u8) -> bool {
-        if !self.seen.insert(page) {
-            return false;
-        }
-        let at = page.0 as usize;
-        if matches!(self.map.colors[at], Color::KernelOther | Color::Unknown | Color::PageTables) {
-            self.map.colors[at] = Color::PageTables;
-            self.map.places[at] = RawPlace::new(Place::PageTable(level));
-        }
-        true
-    }
-
-    fn leaf(&mut self, leaf: Leaf) -> bool {
-        if leaf.user || self.direct.contains(&leaf.va) || leaf.len >= 1 << 30 {
-            return true;
-        }
-        for offset in (0..leaf.len).step_by(PAGE_SIZE) {
-            if let Some(page) = self.space.physical.page(leaf.gpa + offset) {
-                self.one(page, leaf.va + offset, leaf.execute);
-            }
-        }
-        true
-    }
-}
-
 /// Walks the page tables of all processes; returns how many pages were free and in use at once.
 fn processes(
     space: &KernelSpace<'_>,
-    knowledge: &Knowledge,
+    layout: &Layout,
     table: FrameTable,
     candidates: &[u32],
     base: Option<Base<'_>>,
@@ -295,21 +204,19 @@ fn processes(
     // A page that was no root and has not changed is none.
     let was_none = |page: PageIndex| {
         base.is_some_and(|base| {
-            base.knowledge.kernel == knowledge.kernel
-                && !base.changed.contains(page)
-                && !matches!(base.map.place(page), Some(Place::PageTable(4 | 5)))
+            !base.changed.contains(page) && !matches!(base.map.place(page), Some(Place::PageTable(4 | 5)))
         })
     };
     let candidates = candidates.iter().map(|&page| PageIndex(u64::from(page)));
     let roots = find_roots(physical, space.root, candidates.filter(|&page| !was_none(page)))?;
     let mut walker = Walker::new(physical, map);
     for root in roots.into_iter().take(MAX_PROCESSES) {
-        let facts = match &knowledge.layout.types {
+        let facts = match &layout.types {
             Some(types) => identify(space, table, types, root)?,
             None => Some(crate::ProcessFacts { root: physical.gpa(root), ..Default::default() }),
         };
         if let Some(facts) = facts {
-            walker.process(facts, knowledge.kernel.levels)?;
+            walker.process(facts, space.levels)?;
         }
     }
     let (conflicts, incomplete) = (walker.conflicts, walker.incomplete);
@@ -317,6 +224,25 @@ fn processes(
         map.trouble = "processes map so much that some of it was left out".into();
     }
     Ok(conflicts)
+}
+
+/// Colors page tables that are in no tree: the kernel lays one by for each large page of a process. They have the type of those
+/// that are in one.
+fn tables_by_type(typed: &[(u32, u32)], map: &mut ColorMap) {
+    let mut counts: HashMap<u32, u32> = HashMap::new();
+    for &(page, kind) in typed {
+        if matches!(map.places[page as usize].get(), Some(Place::PageTable(_))) {
+            *counts.entry(kind).or_default() += 1;
+        }
+    }
+    let most = counts.into_iter().max_by_key(|&(kind, count)| (count, kind)).filter(|&(_, count)| count >= 4);
+    let Some((most, _)) = most else { return };
+    for &(page, kind) in typed {
+        let color = &mut map.colors[page as usize];
+        if kind == most && *color == Color::KernelOther {
+            *color = Color::PageTables;
+        }
+    }
 }
 
 /// Whether free pages are filled with the pattern that the kernel looks for when they are used again.

@@ -7,6 +7,7 @@
 //!          | LRU places (4)
 //! facts: method u8 | trouble | poisons free pages u8 | kernel known u8, then release, build, levels u8, image, pages
 //!        | superblocks: count, each id, kind, device | processes: count, each root, pid, command | caches: count, names
+//!        | what was learnt about the kernel, as JSON
 //! files: addresses (turned right by 3 bits; deltas) | inodes (deltas) | superblock * 2 + swap backed
 //!        | bytes that the path shares with the path before u8 | further bytes u8 | those bytes
 //! ```

@@ -4,6 +4,7 @@ use crate::{
     ColorMap,
     files::{Files, Lookup},
     kernel::{FRAME, Kernel, Layout, TypeMatch},
+    lru::NO_PAGE,
     map::{CacheId, Color, MAX_NUMBER, PageFlags, Place, RawPlace},
     memory::ColorError,
     paging::KernelSpace,
@@ -143,9 +144,12 @@ impl<'a> Frame<'a> {
         Some(if is_mask { va & rest } else { rest })
     }
 
-    /// The neighbours in its LRU list: next and previous.
+    /// The frames of its neighbours in its LRU list: next and previous.
     pub(crate) fn lru(&self) -> Option<(u64, u64)> {
-        self.has(self.layout.lru_flag).then(|| (self.u64(self.layout.lru), self.u64(self.layout.lru + 8)))
+        let at = self.layout.lru;
+        // They point at each other's links.
+        let neighbour = |link| self.u64(link).wrapping_sub(at as u64);
+        self.has(self.layout.lru_flag).then(|| (neighbour(at), neighbour(at + 8)))
     }
 }
 
@@ -157,6 +161,8 @@ pub(crate) struct Findings {
     /// Free pages.
     pub(crate) free: u64,
     pub(crate) caches: Vec<String>,
+    /// Pages of the kernel's that have a type which is not known, and the word that tells it.
+    pub(crate) typed: Vec<(u32, u32)>,
     /// Pages that may be roots of page tables.
     pub(crate) candidates: Vec<u32>,
 }
@@ -180,9 +186,6 @@ pub(crate) struct Pass<'a, 'p> {
     no_slab: PageSet,
     findings: Findings,
 }
-
-/// No page.
-pub(crate) const NO_PAGE: u32 = u32::MAX;
 
 impl<'a, 'p> Pass<'a, 'p> {
     pub(crate) fn new(
@@ -253,6 +256,10 @@ impl<'a, 'p> Pass<'a, 'p> {
         self.map.colors[at] = color;
         if frame.references() > 0 && matches!(color, Color::KernelOther | Color::PageTables) {
             self.findings.candidates.push(page.0 as u32);
+        }
+        let kind = frame.kind();
+        if self.tables.is_none() && color == Color::KernelOther && is_type(kind) {
+            self.findings.typed.push((page.0 as u32, kind));
         }
         if let Some((next, previous)) = frame.lru() {
             let flags = self.list_flags(frame);
@@ -427,6 +434,11 @@ impl<'a, 'p> Pass<'a, 'p> {
     }
 }
 
+/// Whether the word that is also the count of mappings is a type: counts start at -1.
+const fn is_type(kind: u32) -> bool {
+    (kind as i32) < -128
+}
+
 /// How the frames of page tables are typed: what most of the kernel's own have there. It differs from kernel to kernel.
 fn type_of_tables(
     space: &KernelSpace<'_>,
@@ -437,8 +449,7 @@ fn type_of_tables(
     for page in space.tables.iter().take(4096) {
         if let Some(bytes) = table.frame(space, page)? {
             let kind = Frame::new(&bytes, layout).kind();
-            // Counts of mappings start at -1.
-            if (kind as i32) < -128 && !layout.buddy.is(kind) {
+            if is_type(kind) && !layout.buddy.is(kind) {
                 *counts.entry(kind).or_default() += 1;
             }
         }

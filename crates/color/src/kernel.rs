@@ -7,6 +7,7 @@ use crate::{
     vmcoreinfo::{self, Vmcoreinfo},
 };
 use ramet_memory::PageIndex;
+use serde::{Deserialize, Serialize};
 
 /// Bytes of a `struct page`: the same on every kernel from 5.10 to 7.3.
 pub(crate) const FRAME: usize = 64;
@@ -26,6 +27,13 @@ pub(crate) struct Kernel {
     pub(crate) text: u64,
     /// Guest-physical address of `_stext`.
     pub(crate) text_gpa: u64,
+}
+
+impl Kernel {
+    /// Where its image begins: its text, at a multiple of 2 MiB.
+    pub(crate) const fn image(&self) -> u64 {
+        self.text & !((2 << 20) - 1)
+    }
 }
 
 /// What the search for a kernel came to.
@@ -127,7 +135,7 @@ pub(crate) fn same_kernel(own: &Table, other: &Table) -> bool {
 }
 
 /// Kinds of pages that are told by the word that is also the count of mappings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum TypeMatch {
     /// All of it (until Linux 6.11).
     Word(u32),
@@ -150,8 +158,25 @@ impl TypeMatch {
     }
 }
 
+/// What was learnt about a guest's kernel while it was colored, for the next map of the same guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Knowledge {
+    /// Where the kernel's notes are.
+    pub(crate) notes_page: PageIndex,
+    /// XXH3-64 of their text: another kernel, or another boot of the same, has others.
+    pub(crate) notes: u64,
+    pub(crate) layout: Layout,
+}
+
+impl Knowledge {
+    /// Whether it makes sense: it may come from another host.
+    pub(crate) fn is_sane(&self) -> bool {
+        self.layout.is_sane()
+    }
+}
+
 /// Where things are in the kernel's structures. Offsets are in bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Layout {
     pub(crate) flags: usize,
     pub(crate) lru: usize,
@@ -176,7 +201,7 @@ pub(crate) struct Layout {
 }
 
 /// What only the kernel's type information tells.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Types {
     pub(crate) host: u64,
     pub(crate) nrpages: u64,
@@ -254,6 +279,14 @@ const NAMES: &[&str] = &[
 ];
 
 impl Layout {
+    /// Whether every offset is one that a structure can have. One that was found is; one that was read may be anything.
+    pub(crate) fn is_sane(&self) -> bool {
+        let in_frame =
+            [self.flags, self.lru, self.head, self.mapping, self.index, self.private, self.mapcount, self.refcount];
+        let fits = |offset: usize| offset <= FRAME - 8;
+        in_frame.into_iter().all(fits) && self.types.as_ref().is_none_or(Types::is_sane)
+    }
+
     /// From the kernel's notes, and its type information where it has any. An error is why it can't be told.
     pub(crate) fn find(space: &KernelSpace<'_>, kernel: &Kernel) -> Result<Result<Self, String>, ColorError> {
         let btf = Btf::find(space, NAMES)?;
@@ -335,6 +368,29 @@ impl Layout {
 }
 
 impl Types {
+    fn is_sane(&self) -> bool {
+        let needed = [self.host, self.nrpages, self.i_mapping, self.i_ino, self.i_sb].map(Some);
+        let others = [
+            self.i_dentry,
+            self.dentry_alias,
+            self.dentry_parent,
+            self.dentry_name,
+            self.sb_id,
+            self.sb_dev,
+            self.sb_type,
+            self.type_name,
+            self.cache_name,
+            self.mm_pgd,
+            self.mm_owner,
+            self.task_mm,
+            self.task_tgid,
+            self.task_comm,
+        ];
+        let in_frame = [self.slab_cache, self.page_mm];
+        needed.into_iter().chain(others).flatten().all(|offset| offset < 1 << 16)
+            && in_frame.into_iter().flatten().all(|offset| offset <= FRAME - 8)
+    }
+
     fn find(btf: &Btf<'_>) -> Result<Option<Self>, ColorError> {
         let at = |of: &str, member: &str| Ok(btf.offset(of, member)?.map(u64::from));
         let first = |a: Result<Option<u64>, ColorError>, b: Result<Option<u64>, ColorError>| match a {

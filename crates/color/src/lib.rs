@@ -28,7 +28,7 @@
 //! use ramet_color::{Color, FileMemory, color};
 //! use ramet_memory::ByteSize;
 //! let memory = FileMemory::open("ram".as_ref(), ByteSize::mib(512).pages()).unwrap();
-//! let map = color(&memory, &[], None).unwrap().map;
+//! let map = color(&memory, &[], None).unwrap();
 //! println!("{} pages are free", map.colors().iter().filter(|c| **c == Color::Free).count());
 //! ```
 #![forbid(unsafe_code)]
@@ -37,21 +37,26 @@
 
 mod btf;
 mod coloring;
+#[cfg(feature = "draw")]
 pub mod draw;
 mod encode;
 mod files;
 mod frames;
+mod fuzzing;
 mod kernel;
+mod kernel_pages;
 mod lru;
 mod map;
 mod memory;
 mod paging;
 mod processes;
 mod summary;
+mod tables_only;
 mod vmcoreinfo;
 
-pub use coloring::{Base, Colored, Knowledge, color};
+pub use coloring::{Base, color};
 pub use encode::{MapError, fuzz_map};
+pub use fuzzing::fuzz_color;
 pub use map::{
     CacheId, Color, ColorMap, FileFacts, FileId, KernelFacts, LruPlace, Mapping, Method, PageFlags, Place,
     ProcessFacts, ProcessId, SuperblockFacts,

@@ -2,9 +2,11 @@
 
 use crate::{
     ColorMap,
-    frames::NO_PAGE,
     map::{LruPlace, MAX_LISTS, MAX_POSITION, PageFlags, RawLru},
 };
+
+/// No page.
+pub(crate) const NO_PAGE: u32 = u32::MAX;
 
 /// Follows each list from its first page on. A list that runs into itself or another ends there.
 pub(crate) fn place(map: &mut ColorMap, next: &[u32], first: &[u32]) {

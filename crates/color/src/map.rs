@@ -1,5 +1,6 @@
 //! The color map: what every page of a guest is.
 
+use crate::kernel::Knowledge;
 use ramet_memory::{ByteSize, PageCount, PageIndex};
 use serde::{Deserialize, Serialize};
 
@@ -267,6 +268,8 @@ pub struct ColorMap {
     pub processes: Vec<ProcessFacts>,
     /// Names of slab caches.
     pub caches: Vec<String>,
+    /// What was learnt about the kernel, to make the next map with less work.
+    pub(crate) knowledge: Option<Knowledge>,
     pub(crate) colors: Vec<Color>,
     pub(crate) flags: Vec<PageFlags>,
     pub(crate) places: Vec<RawPlace>,
@@ -433,6 +436,33 @@ impl ColorMap {
     #[must_use]
     pub fn may_be_zero(&self, page: PageIndex) -> bool {
         !self.poisons_free && self.color(page) == Color::Free
+    }
+
+    /// The map for a later moment of the same guest, of which nothing could be found out, and why: most pages are still what they
+    /// were, but none is called free.
+    #[must_use]
+    pub fn outdated(mut self, why: &str) -> Self {
+        self.colors.iter_mut().filter(|color| **color == Color::Free).for_each(|color| *color = Color::Unknown);
+        let when = "these are the colors of the checkpoint below";
+        self.trouble = [why, when, &self.trouble].into_iter().filter(|t| !t.is_empty()).collect::<Vec<_>>().join("; ");
+        self
+    }
+
+    /// A page turns out to be a page table of a level. True when it was called free, which can't be: then nothing is known of it.
+    pub(crate) fn set_table(&mut self, page: PageIndex, level: u8) -> bool {
+        let Some(at) = self.at(page) else { return false };
+        match self.colors[at] {
+            Color::Free => {
+                self.colors[at] = Color::Unknown;
+                return true;
+            }
+            Color::KernelOther | Color::Unknown | Color::PageTables => {
+                self.colors[at] = Color::PageTables;
+                self.places[at] = RawPlace::new(Place::PageTable(level));
+            }
+            _ => {}
+        }
+        false
     }
 
     fn at(&self, page: PageIndex) -> Option<usize> {

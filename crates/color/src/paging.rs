@@ -1,7 +1,7 @@
 //! Page tables of x86-64: walking them, and the kernel's address space.
 
 use crate::memory::{ColorError, Physical};
-use ramet_memory::{Gpa, PAGE_SIZE, PageIndex, PageSet};
+use ramet_memory::{Gpa, PAGE_SIZE, PageCount, PageIndex, PageSet};
 
 pub(crate) const PRESENT: u64 = 1;
 const WRITE_BIT: u64 = 2;
@@ -36,6 +36,16 @@ impl CpuRoot {
     pub const fn levels(self) -> u8 {
         if self.cr4 & (1 << 12) != 0 { 5 } else { 4 }
     }
+}
+
+/// Marks of mapped pages that are made at most, for each page of memory: so many processes may share all of it.
+pub(crate) const MARKS: u64 = 256;
+/// For the kernel's half so many at least: 64 GiB.
+const MIN_KERNEL_MARKS: u64 = 1 << 24;
+
+/// Pages that are marked at most for what the kernel maps in its half: large pages of devices are mapped there, too.
+pub(crate) fn kernel_marks(pages: PageCount) -> u64 {
+    pages.0.saturating_mul(MARKS).max(MIN_KERNEL_MARKS)
 }
 
 /// What an entry of the lowest level, or of a large page, maps.

@@ -4,14 +4,12 @@ use crate::{
     ColorMap, ProcessFacts, ProcessId,
     frames::FrameTable,
     kernel::{Types, same_kernel},
-    map::{Color, MAX_PROCESSES, MAX_VIRTUAL_PAGE, Mapping, PageFlags, Place, RawMapping, RawPlace},
+    map::{Color, MAX_PROCESSES, MAX_VIRTUAL_PAGE, Mapping, PageFlags, RawMapping},
     memory::{ColorError, Physical, Table},
-    paging::{BY_CPU, CpuRoot, Half, KernelSpace, Leaf, Visitor, printable, walk},
+    paging::{BY_CPU, Half, KernelSpace, Leaf, MARKS, Visitor, printable, walk},
 };
 use ramet_memory::{PAGE_SIZE, PageIndex, PageSet};
 
-/// Marks of mapped pages that are made at most, for each page of memory: so many processes may share all of it.
-const MARKS: u64 = 256;
 /// Bytes of a command's name (`TASK_COMM_LEN`).
 const COMMAND: usize = 16;
 
@@ -116,18 +114,7 @@ impl Visitor for Walker<'_> {
         if !self.seen.insert(page) {
             return false;
         }
-        let at = page.0 as usize;
-        match self.map.colors[at] {
-            Color::Free => {
-                self.conflicts += 1;
-                self.map.colors[at] = Color::Unknown;
-            }
-            Color::KernelOther | Color::PageTables | Color::Unknown => {
-                self.map.colors[at] = Color::PageTables;
-                self.map.places[at] = RawPlace::new(Place::PageTable(level));
-            }
-            _ => {}
-        }
+        self.conflicts += u64::from(self.map.set_table(page, level));
         true
     }
 
@@ -184,65 +171,4 @@ pub(crate) fn identify(
         facts.command = printable(&name[..COMMAND - 1]).unwrap_or_default();
     }
     Ok(Some(facts))
-}
-
-/// Colors what can be told from the CPUs' page tables alone.
-pub(crate) fn from_page_tables(
-    physical: &Physical<'_>,
-    cpus: &[CpuRoot],
-    map: &mut ColorMap,
-) -> Result<bool, ColorError> {
-    // The root that a CPU has is the kernel's, or behind the kernel's.
-    for cpu in cpus {
-        for root in [cpu.root().0 & !0x1000, cpu.root().0] {
-            let space = KernelSpace::new(physical, root, cpu.levels())?;
-            if space.direct_map == 0 && space.image().next().is_none() {
-                continue;
-            }
-            map.method = crate::Method::PageTables;
-            let mut kernel = KernelText { physical, map, seen: PageSet::new(physical.pages()) };
-            walk(physical, root, cpu.levels(), Half::Upper, &mut kernel)?;
-            let all = (0..physical.pages().0).map(PageIndex);
-            let mut roots = find_roots(physical, root, all)?;
-            roots.extend(physical.page(root));
-            roots.truncate(MAX_PROCESSES);
-            let mut walker = Walker::new(physical, map);
-            for page in roots {
-                let facts = ProcessFacts { root: physical.gpa(page), ..ProcessFacts::default() };
-                walker.process(facts, cpu.levels())?;
-            }
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-struct KernelText<'a> {
-    physical: &'a Physical<'a>,
-    map: &'a mut ColorMap,
-    seen: PageSet,
-}
-
-impl Visitor for KernelText<'_> {
-    fn table(&mut self, page: PageIndex, level: u8) -> bool {
-        let new = self.seen.insert(page);
-        if new {
-            self.map.colors[page.0 as usize] = Color::PageTables;
-            self.map.places[page.0 as usize] = RawPlace::new(Place::PageTable(level));
-        }
-        new
-    }
-
-    fn leaf(&mut self, leaf: Leaf) -> bool {
-        if leaf.execute && !leaf.user && leaf.len < 1 << 30 {
-            for number in 0..leaf.len / PAGE_SIZE as u64 {
-                if let Some(page) = self.physical.page(leaf.gpa + number * PAGE_SIZE as u64)
-                    && self.map.colors[page.0 as usize] == Color::Unknown
-                {
-                    self.map.colors[page.0 as usize] = Color::KernelCode;
-                }
-            }
-        }
-        true
-    }
 }

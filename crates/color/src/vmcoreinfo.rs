@@ -32,6 +32,11 @@ impl Vmcoreinfo {
         good.then(|| Self { text: text.to_owned() })
     }
 
+    /// XXH3-64 of the text.
+    pub(crate) fn sum(&self) -> u64 {
+        xxhash_rust::xxh3::xxh3_64(self.text.as_bytes())
+    }
+
     /// What stands behind `key=`.
     pub(crate) fn text(&self, key: &str) -> Option<&str> {
         self.text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='))

@@ -156,6 +156,7 @@ impl Daemon {
             }
         };
         self.stats.count("checkpoints");
+        self.color_behind(image);
         let timeline = self.keep_timeline(&running, "parent", clock);
         Ok(Taken { record, state: Arc::new(state), pause_us, timeline })
     }
@@ -369,7 +370,9 @@ impl Daemon {
                 }
             }
         }
-        Ok(self.store.read(|s| describe(record, Some(&report), s, &self.config.name, users)))
+        let mut info = self.store.read(|s| describe(record, Some(&report), s, &self.config.name, users));
+        info.colors_bytes = fs::metadata(self.colors_file(record.id)).ok().map(|m| m.len());
+        Ok(info)
     }
 
     /// The same of a checkpoint that has just been taken: that is no failure because its pager went away afterwards. What
@@ -474,6 +477,7 @@ impl Daemon {
             Ok(())
         })?;
         let _ = fs::remove_file(self.state_file(image));
+        let _ = fs::remove_file(self.colors_file(image));
         self.tidy(record.family).await;
         Ok(())
     }
@@ -581,6 +585,7 @@ fn describe(
         pause_us: record.pause_us,
         complete: report.is_some_and(|r| r.complete),
         broken: report.and_then(|r| r.broken.clone()),
+        colors_bytes: None,
         layers,
         users,
     }

@@ -12,7 +12,7 @@ use std::{
 use anyhow::Context as _;
 use ramet_client::api::{AccelKind, ErrorCode, HostInfo, HostList};
 use ramet_image::ImageStore;
-use ramet_memory::{FamilyId, VmId};
+use ramet_memory::{FamilyId, ImageId, VmId};
 use ramet_vmm::{Accel, Pool, Vmm};
 use tokio::sync::{OnceCell, watch};
 
@@ -62,6 +62,8 @@ pub struct Daemon {
     /// Leases.
     pub leases: Leases,
     pub(crate) shelf: Shelf,
+    /// Checkpoints that are being colored, each with its lock.
+    pub(crate) coloring: Mutex<HashMap<ImageId, Arc<tokio::sync::Mutex<()>>>>,
     pub(crate) running: Mutex<HashMap<VmId, Arc<Running>>>,
     /// Held while a family is given a pager or loses it.
     families: tokio::sync::Mutex<()>,
@@ -108,6 +110,7 @@ impl Daemon {
             tokens: Tokens::open(&config.tls().join("tokens.json"))?,
             leases: Leases::default(),
             shelf: Shelf::default(),
+            coloring: Mutex::default(),
             running: Mutex::default(),
             families: tokio::sync::Mutex::default(),
             accel: OnceCell::new(),

@@ -8,6 +8,7 @@
 //! | [`daemon`] | what lives as long as the process; finding things by name; limits |
 //! | [`vms`], [`guest`] | booting, listing, stopping, watching VMs; talking to what runs inside |
 //! | [`checkpoints`] | taking one of a running VM, who uses it, removing it |
+//! | [`colors`] | what each page of a checkpoint is: made behind it, kept, sent along |
 //! | [`clone`], [`local`], [`remote`] | forks: plan, make (here, on other hosts), commit or undo |
 //! | `prepared` | clones of a checkpoint that are loaded before anybody asks for them |
 //! | [`leases`] | VMs that live as long as a connection |
@@ -24,6 +25,7 @@ pub mod api;
 pub mod backend;
 pub mod checkpoints;
 pub mod clone;
+pub mod colors;
 pub mod config;
 pub mod daemon;
 pub mod error;

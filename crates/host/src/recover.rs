@@ -9,7 +9,7 @@ use std::{
 };
 
 use ramet_client::api::{UserInfo, VmInfo, VmState};
-use ramet_memory::FamilyId;
+use ramet_memory::{FamilyId, ImageId};
 use ramet_vmm::VmProcess;
 
 use crate::{
@@ -65,6 +65,10 @@ impl Daemon {
         }))
         .await;
         self.recover_checkpoints().await;
+        let uncolored: Vec<_> = self.store.read(|s| s.checkpoints.keys().copied().collect());
+        for image in uncolored.into_iter().filter(|&image| !self.colors_file(image).exists()) {
+            self.color_behind(image);
+        }
         let left: Vec<_> = self.store.read(|s| s.families.keys().copied().collect());
         for family in left {
             self.tidy(family).await;
@@ -286,7 +290,8 @@ impl Daemon {
                 let _ = fs::remove_dir_all(&path);
             }
         }
-        let states: BTreeSet<_> = self.store.read(|s| s.checkpoints.keys().map(|&c| self.state_file(c)).collect());
+        let of = |&image: &ImageId| [self.state_file(image), self.colors_file(image)];
+        let states: BTreeSet<_> = self.store.read(|s| s.checkpoints.keys().flat_map(of).collect());
         for path in entries(&self.config.checkpoints()) {
             if !states.contains(&path) {
                 let _ = fs::remove_file(&path);

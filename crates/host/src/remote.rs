@@ -99,6 +99,7 @@ impl Daemon {
             name_hint: record.vm_name.clone(),
             device_state: state.to_vec(),
             memory,
+            colors: self.ready_colors(record.id).unwrap_or_default(),
             page_source: Some(PageSource { addr: self.reachable(&listen), name: self.config.name.clone() }),
         };
         descriptor.encode().map_err(|e| failed("The descriptor can't be made", e.into()))
@@ -243,6 +244,10 @@ impl Daemon {
         })?;
         self.check_share(&parent, planned.len())?;
         self.import(&record, &descriptor).await?;
+        // Not ready when it was sent, or not to be used: asked for behind the clones' backs.
+        if descriptor.colors.is_empty() || self.keep_colors(&record, &descriptor.colors).is_err() {
+            self.color_behind(image);
+        }
         clock.lap("import");
         let import = clock.timeline();
         let new = self.reserved(call, &planned);

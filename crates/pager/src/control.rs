@@ -10,6 +10,7 @@
 //! <- {"error":{"code":"no_such_vm","message":"..."}}
 //! ```
 
+use ramet_color::{CpuRoot, Method};
 use ramet_memory::{ImageId, LayerId, VmId};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -82,6 +83,25 @@ pub enum Request {
         /// The image.
         image: ImageId,
     },
+    /// Tells what each page of the image is, once every page has been copied out of its parent: writes its color map
+    /// ([`ramet_color::ColorMap::encode`]) to a file. Answered by [`ColorReply`].
+    ImageColor {
+        /// The image.
+        image: ImageId,
+        /// Where the CPUs' page tables are.
+        cpus: Vec<CpuRoot>,
+        /// The file.
+        path: PathBuf,
+        /// An image that it is over, already colored.
+        base: Option<ColorBase>,
+    },
+    /// The pages in which two images differ, once both have been copied out of their parents. Answered by [`ChangedReply`].
+    ImageChanged {
+        /// The image.
+        image: ImageId,
+        /// The other one.
+        since: ImageId,
+    },
     /// Answered by [`ImageReport`].
     ImageStatus {
         /// The image.
@@ -101,6 +121,15 @@ pub enum Request {
         /// End even though VMs would stall.
         force: bool,
     },
+}
+
+/// A colored image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ColorBase {
+    /// The image.
+    pub image: ImageId,
+    /// The file with its color map.
+    pub path: PathBuf,
 }
 
 /// What a VM's memory shows.
@@ -202,6 +231,28 @@ pub struct CommitReply {
 pub struct SpecReply {
     /// The file.
     pub path: PathBuf,
+}
+
+/// Answers [`Request::ImageColor`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ColorReply {
+    /// Size of the map, in bytes.
+    pub bytes: u64,
+    /// Time taken, without waiting, in microseconds.
+    pub color_us: u64,
+    /// Whether the map of the image below saved work.
+    pub incremental: bool,
+    /// How it was made.
+    pub method: Method,
+    /// Why no more could be found out; empty when everything was.
+    pub trouble: String,
+}
+
+/// Answers [`Request::ImageChanged`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangedReply {
+    /// Runs of pages: the first, and how many.
+    pub runs: Vec<[u64; 2]>,
 }
 
 /// Answers [`Request::ImageStatus`] and [`Request::ImageWait`].

@@ -5,6 +5,7 @@
 //! over.
 
 mod checkpoints;
+mod colors;
 mod images;
 mod records;
 

@@ -434,6 +434,14 @@ impl Layer {
         self.file.read_exact_at(bytes, first.offset())
     }
 
+    /// Reads bytes of stored pages, from a byte of memory on. Their checksums are not looked at.
+    ///
+    /// # Errors
+    /// When the page file can't be read.
+    pub fn read_bytes(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(bytes, offset)
+    }
+
     /// Reads one stored page and checks it.
     ///
     /// # Errors

@@ -78,6 +78,8 @@ fn act(request: Request, family: &Arc<Family>, listen: Option<&str>) -> Result<s
         Request::ImageAdd { image, spec_path, source } => json(family.add_image(image, &spec_path, &source)?),
         Request::ImageDrop { image } => json(family.drop_image(image)?),
         Request::ImageWait { image } => json(family.wait_image(image)?),
+        Request::ImageColor { image, cpus, path, base } => json(family.color_image(image, cpus, &path, base)?),
+        Request::ImageChanged { image, since } => json(family.compare_images(image, since)?),
         Request::ImageStatus { image } => json(family.report_image(image)?),
         Request::SetSource { old, new } => json(family.set_source(&old, &new)?),
         Request::Stats => json(family.stats()),

@@ -234,7 +234,7 @@ impl Peer {
 
 /// Finds a page's bytes, copying them out of their parent or fetching them from yet another host first; `None` when that
 /// fails or takes too long.
-fn obtain(layer: &Arc<Layer>, page: PageIndex) -> Option<Located> {
+pub(crate) fn obtain(layer: &Arc<Layer>, page: PageIndex) -> Option<Located> {
     let deadline = Instant::now() + RELAY;
     loop {
         match layer.locate(page) {

@@ -19,7 +19,7 @@ fn main() -> Result<()> {
     };
     let memory = FileMemory::open(path.as_ref(), ByteSize::mib(size).pages())?;
     let begin = Instant::now();
-    let map = color(&memory, &cpus, None)?.map;
+    let map = color(&memory, &cpus, None)?;
     let took = begin.elapsed();
     let begin = Instant::now();
     let encoded = map.encode();

@@ -1,6 +1,6 @@
 //! The observer's side: finding what the program in the guest wrote down, and holding a color map against it.
 
-use crate::page::{HEADER, Mapped, PAGE, PAYLOAD, Section, magic};
+use crate::page::{HEADER, Mapped, PAGE, PASSING, PAYLOAD, Section, magic};
 use anyhow::{Context as _, Result, ensure};
 use ramet_color::{Color, ColorMap, GuestMemory, PageFlags};
 use ramet_memory::{Gpa, PageIndex};
@@ -21,8 +21,6 @@ mod bit {
     pub(super) const ZERO: u64 = 1 << 24;
     pub(super) const TABLE: u64 = 1 << 26;
     pub(super) const RESERVED: u64 = 1 << 32;
-    /// What changes by being looked at or by time alone: referenced, up to date, dirty, writeback, active, idle.
-    pub(super) const PASSING: u64 = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 25;
 }
 
 /// What a guest's kernel says.
@@ -38,6 +36,8 @@ pub struct Truth {
     pub mappings: Vec<Mapped>,
     /// `/proc/meminfo`, in KiB.
     pub meminfo: HashMap<String, u64>,
+    /// Slab pages by `/proc/slabinfo`, in KiB.
+    pub slabs: u64,
     /// Physical addresses of the kernel's code.
     pub kernel_code: Option<(u64, u64)>,
     /// Processes' names.
@@ -131,7 +131,8 @@ pub struct Comparison {
     pub called_code: Share,
     /// Mapped pages whose process and address the map has right (or another of those that map it).
     pub mapped: Share,
-    /// Totals of the map over those of `/proc/meminfo`, by its field.
+    /// Totals of the map and those of `/proc/meminfo`, by its field, in KiB. Its `Slab` also counts large allocations of
+    /// `kmalloc`, which are no slabs; `/proc/slabinfo` does not.
     pub totals: BTreeMap<&'static str, (u64, u64)>,
 }
 
@@ -195,6 +196,7 @@ impl Truth {
                     truth.mappings = body.as_chunks().0.iter().map(Mapped::from_bytes).collect();
                 }
                 t if t == Section::Meminfo as u32 => truth.meminfo = meminfo(&String::from_utf8_lossy(body)),
+                t if t == Section::Slabinfo as u32 => truth.slabs = slabs(&String::from_utf8_lossy(body)),
                 t if t == Section::Iomem as u32 => truth.kernel_code = kernel_code(&String::from_utf8_lossy(body)),
                 t if t == Section::Processes as u32 => truth.processes = processes(body),
                 _ => {}
@@ -207,7 +209,7 @@ impl Truth {
     pub fn class(&self, frame: u64) -> Option<Class> {
         let at = usize::try_from(frame).ok()?;
         let (flags, again) = (*self.flags.get(at)?, *self.flags_again.get(at)?);
-        if (flags ^ again) & !bit::PASSING != 0 || flags & bit::NO_PAGE != 0 {
+        if (flags ^ again) & !PASSING != 0 || flags & bit::NO_PAGE != 0 {
             return None;
         }
         let has = |bits| flags & bits != 0;
@@ -299,6 +301,7 @@ impl Truth {
             ("Cached + Buffers", count(&[Color::CacheData, Color::CacheCode]), field("Cached") + field("Buffers")),
             ("MemFree", count(&[Color::Free]), field("MemFree")),
             ("Slab", count(&[Color::Slab]), slab),
+            ("Slab by slabinfo", count(&[Color::Slab]), self.slabs),
         ] {
             result.totals.insert(name, (ours, theirs));
         }
@@ -324,6 +327,17 @@ fn meminfo(text: &str) -> HashMap<String, u64> {
         Some((name.to_owned(), rest.trim().split(' ').next()?.parse().ok()?))
     };
     text.lines().filter_map(line).collect()
+}
+
+/// Pages of all slabs, in KiB: `name ... pagesperslab : ... : slabdata active num shared`.
+fn slabs(text: &str) -> u64 {
+    let line = |line: &str| {
+        let mut parts = line.split(" : ");
+        let pages: u64 = parts.next()?.split_whitespace().nth(5)?.parse().ok()?;
+        let slabs: u64 = parts.last()?.split_whitespace().nth(2)?.parse().ok()?;
+        Some(pages * slabs * 4)
+    };
+    text.lines().filter_map(line).sum()
 }
 
 fn kernel_code(text: &str) -> Option<(u64, u64)> {

@@ -13,6 +13,9 @@ pub const PAGE: usize = 4096;
 pub const HEADER: usize = 32;
 /// Bytes of a page's payload: a multiple of 8.
 pub const PAYLOAD: usize = PAGE - HEADER;
+/// Flags of `/proc/kpageflags` that change by being looked at or by time alone: referenced, up to date, dirty, active,
+/// writeback, idle.
+pub const PASSING: u64 = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 25;
 /// How a page begins. Written turned round, so that the program's own image holds no such page.
 pub const MAGIC_REVERSED: [u8; 16] = *b"\nEGAP-HTURT-TEMR";
 
@@ -42,6 +45,8 @@ pub enum Section {
     Iomem = 6,
     /// Processes: pid u32, length of the name u32, name padded to 16 bytes.
     Processes = 7,
+    /// `/proc/slabinfo`.
+    Slabinfo = 8,
 }
 
 /// A page that a process has mapped: 24 bytes.

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod cpus;
 pub mod doctor;
 mod error;
 mod machine;
@@ -14,6 +15,7 @@ mod process;
 mod qemu;
 pub mod qmp;
 
+pub use cpus::ControlRegisters;
 pub use error::VmmError;
 pub use machine::{Accel, AgentPort, Boot, DEFAULT_MACHINE, MachineSpec, VmPaths};
 pub use pool::{Claimed, Pool, PoolConfig};

@@ -3,9 +3,10 @@
 //! # Encoding
 //!
 //! ```text
-//! "RDSC" | version u16 | sections u16 (4) | length of all u32 | 0 u32 | checksum u64 | section table | sections, in order
+//! "RDSC" | version u16 | sections u16 (5) | length of all u32 | 0 u32 | checksum u64 | section table | sections, in order
 //! table entry: kind u16 | packing u16 (0 none, 1 LZ4 block) | stored length u32 | length u32
-//! sections: 1 facts (JSON), 2 machine (JSON, not looked at here), 3 device state (packed), 4 memory (packed by itself)
+//! sections: 1 facts (JSON), 2 machine (JSON, not looked at here), 3 device state (packed), 4 memory (packed by itself),
+//!           5 color map (packed by itself, not looked at here; empty when there is none)
 //! ```
 //!
 //! All numbers are little endian. The checksum is XXH3-64 of everything after it, seeded with version, sections and
@@ -19,7 +20,7 @@ use std::borrow::Cow;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 /// The version of the format that this release reads and writes.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 const MAGIC: [u8; 4] = *b"RDSC";
 const HEADER: usize = 24;
@@ -27,16 +28,21 @@ const TABLE_ENTRY: usize = 12;
 const BODY: usize = HEADER + TABLE_ENTRY * SECTIONS.len();
 
 /// The sections, in order: name and most bytes, both stored and unpacked.
-const SECTIONS: [(&str, usize); 4] =
-    [("facts", 16 << 10), ("machine", 256 << 10), ("device state", 64 << 20), ("memory", 72 << 20)];
+const SECTIONS: [(&str, usize); 5] = [
+    ("facts", 16 << 10),
+    ("machine", 256 << 10),
+    ("device state", 64 << 20),
+    ("memory", 72 << 20),
+    ("color map", 64 << 20),
+];
 const FACTS: usize = 0;
 const DEVICES: usize = 2;
-const MEMORY: usize = 3;
+const COLORS: usize = 4;
 
 /// Most bytes of each text (guest kind, name, address, source's name).
 pub const MAX_TEXT: usize = 255;
 /// Most bytes of an encoded descriptor.
-pub const MAX_ENCODED: usize = BODY + SECTIONS[0].1 + SECTIONS[1].1 + SECTIONS[2].1 + SECTIONS[3].1;
+pub const MAX_ENCODED: usize = BODY + SECTIONS[0].1 + SECTIONS[1].1 + SECTIONS[2].1 + SECTIONS[3].1 + SECTIONS[4].1;
 
 const PLAIN: u16 = 0;
 const LZ4: u16 = 1;
@@ -74,6 +80,8 @@ pub struct Descriptor {
     pub device_state: Vec<u8>,
     /// The memory, as [`ImageSpec::encode`] writes it.
     pub memory: Vec<u8>,
+    /// What each page is, as `ramet_color` encodes its maps; empty when that is not known yet.
+    pub colors: Vec<u8>,
     /// Where the pages come from; `None` when they are served only on the checkpoint's own host.
     pub page_source: Option<PageSource>,
 }
@@ -167,7 +175,7 @@ impl Descriptor {
             page_source: self.page_source.as_ref().map(Cow::Borrowed),
         };
         let facts = serde_json::to_vec(&facts).map_err(|e| malformed(FACTS, e.to_string()))?;
-        let contents = [&facts, &self.spec_json, &self.device_state, &self.memory];
+        let contents = [&facts, &self.spec_json, &self.device_state, &self.memory, &self.colors];
         for (bytes, (section, limit)) in contents.iter().zip(SECTIONS) {
             if bytes.len() > limit {
                 return Err(DescriptorError::TooLarge { section, len: bytes.len(), limit });
@@ -175,7 +183,9 @@ impl Descriptor {
         }
         let packed = lz4_flex::block::compress(&self.device_state);
         let mut table = Vec::with_capacity(BODY - HEADER);
-        let mut body = Vec::with_capacity(packed.len() + self.memory.len() + facts.len() + self.spec_json.len());
+        let mut body = Vec::with_capacity(
+            packed.len() + self.memory.len() + self.colors.len() + facts.len() + self.spec_json.len(),
+        );
         for (index, bytes) in contents.into_iter().enumerate() {
             let pack = index == DEVICES && packed.len() < bytes.len();
             let stored = if pack { &packed } else { bytes };
@@ -247,9 +257,9 @@ impl Descriptor {
             *content = unpack(index, u16::from_le_bytes(packing), stored, len)?;
         }
         if !body.is_empty() {
-            return Err(malformed(MEMORY, "bytes behind it".into()));
+            return Err(malformed(COLORS, "bytes behind it".into()));
         }
-        let [facts, machine, devices, memory] = contents;
+        let [facts, machine, devices, memory, colors] = contents;
         let facts: Facts<'_> = serde_json::from_slice(&facts).map_err(|e| malformed(FACTS, e.to_string()))?;
         let descriptor = Self {
             checkpoint: facts.checkpoint,
@@ -262,6 +272,7 @@ impl Descriptor {
             name_hint: facts.name_hint.into_owned(),
             device_state: devices.into_owned(),
             memory: memory.into_owned(),
+            colors: colors.into_owned(),
             page_source: facts.page_source.map(Cow::into_owned),
         };
         descriptor.check_texts()?;

@@ -1,6 +1,7 @@
 //! The commands, by group.
 
 mod checkpoint;
+mod colors;
 mod console;
 mod copy;
 mod doctor;
@@ -37,6 +38,7 @@ pub(crate) async fn run(context: &Context, command: &Command) -> Result<ExitCode
         Command::Rm(args) => vm::rm(context, args).await?,
         Command::Stats(args) => stats::run(context, args).await?,
         Command::Checkpoint(args) => checkpoint::run(context, args).await?,
+        Command::Colors(args) => colors::run(context, args).await?,
         Command::Clone(args) => spread::clone(context, args).await?,
         Command::Fork(args) => spread::fork(context, args).await?,
         Command::Warm(args) => spread::warm(context, args).await?,

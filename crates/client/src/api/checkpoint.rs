@@ -1,8 +1,9 @@
 //! Checkpoints, clones and forks.
 
+use ramet_color::Summary;
 use ramet_memory::{ByteSize, FamilyId, ImageId, LayerId, VmId};
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use super::VmInfo;
 
@@ -128,10 +129,64 @@ pub struct CheckpointInfo {
     /// Why it can never be complete: its parent's QEMU died before its pages were copied out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub broken: Option<String>,
+    /// Size of its color map, once that has been made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub colors_bytes: Option<u64>,
     /// Its layers, lowest first.
     pub layers: Vec<LayerInfo>,
     /// Who needs it: VMs and checkpoints, here and on other hosts.
     pub users: Vec<UserInfo>,
+}
+
+/// Query of `GET /v1/checkpoints/{id}/colors`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct ColorsQuery {
+    /// How many of the largest files, processes and slab caches are told [default: 10].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub largest: Option<usize>,
+}
+
+/// `GET /v1/checkpoints/{id}/colors`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct CheckpointColors {
+    /// The checkpoint.
+    #[schema(value_type = String)]
+    pub checkpoint: ImageId,
+    /// Name of the VM that it was taken of.
+    pub vm_name: String,
+    /// The host that holds the checkpoint.
+    pub host: String,
+    /// Size of the color map as it is kept and sent.
+    pub map_bytes: u64,
+    /// What is in it.
+    #[schema(value_type = Object)]
+    pub summary: Summary,
+}
+
+/// Query of `GET /v1/checkpoints/{id}/changed`.
+#[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct ChangedQuery {
+    /// The other checkpoint: id, or prefix of it.
+    pub since: String,
+}
+
+/// `GET /v1/checkpoints/{id}/changed`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ChangedPages {
+    /// The checkpoint.
+    #[schema(value_type = String)]
+    pub checkpoint: ImageId,
+    /// The one that it is compared with.
+    #[schema(value_type = String)]
+    pub since: ImageId,
+    /// Pages of the guest.
+    pub pages: u64,
+    /// Runs of pages that differ, or whose contents are on another host: the first page, by its place in RAM, and how many.
+    pub runs: Vec<[u64; 2]>,
 }
 
 /// `GET /v1/checkpoints`.

@@ -4,6 +4,7 @@ use super::{
     MAX_TABLE, MapError,
     bytes::{Reader, clip, put_delta, put_text, put_varint, text},
 };
+use crate::kernel::Knowledge;
 use crate::map::{ColorMap, FileFacts, KernelFacts, MAX_PROCESSES, Method, ProcessFacts, SuperblockFacts};
 
 const MAX_TROUBLE: usize = 1000;
@@ -13,6 +14,8 @@ const MAX_ID: usize = 31;
 const MAX_COMMAND: usize = 15;
 const MAX_CACHE: usize = 63;
 const MAX_PATH: usize = 255;
+/// Of what was learnt about the kernel, as JSON: about sixty numbers by name.
+const MAX_KNOWLEDGE: usize = 8000;
 
 const METHODS: [Method; 4] = [Method::None, Method::PageTables, Method::FrameTable, Method::Full];
 
@@ -45,6 +48,8 @@ pub(super) fn put_facts(out: &mut Vec<u8>, map: &ColorMap) {
     for cache in &map.caches {
         put_text(out, cache, MAX_CACHE);
     }
+    let knowledge = map.knowledge.as_ref().and_then(|known| serde_json::to_string(known).ok());
+    put_text(out, knowledge.filter(|text| text.len() <= MAX_KNOWLEDGE).as_deref().unwrap_or(""), MAX_KNOWLEDGE);
 }
 
 /// Reads what [`put_facts`] wrote.
@@ -61,8 +66,27 @@ pub(super) fn facts(mut from: Reader<'_>) -> Result<ColorMap, MapError> {
         Ok(ProcessFacts { root: from.varint()?, pid: from.varint_u32()?, command: from.text(MAX_COMMAND)? })
     })?;
     let caches = table(from, MAX_TABLE, |from| from.text(MAX_CACHE))?;
+    let knowledge = match from.text(MAX_KNOWLEDGE)? {
+        text if text.is_empty() => None,
+        text => Some(knowledge(&text)?),
+    };
     from.finish()?;
-    Ok(ColorMap { method, trouble, kernel, poisons_free, superblocks, processes, caches, ..ColorMap::default() })
+    Ok(ColorMap {
+        method,
+        trouble,
+        kernel,
+        poisons_free,
+        superblocks,
+        processes,
+        caches,
+        knowledge,
+        ..ColorMap::default()
+    })
+}
+
+fn knowledge(text: &str) -> Result<Knowledge, MapError> {
+    let bad = MapError::Malformed("what was learnt about the kernel");
+    serde_json::from_str(text).ok().filter(Knowledge::is_sane).ok_or(bad)
 }
 
 fn kernel(from: &mut Reader<'_>) -> Result<KernelFacts, MapError> {

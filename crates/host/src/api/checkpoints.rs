@@ -7,11 +7,11 @@ use axum::{
     response::IntoResponse,
 };
 use ramet_client::api::{
-    CheckpointInfo, CheckpointList, CheckpointRequest, CheckpointResult, CloneRequest, CloneResponse, ErrorBody,
-    ForkRequest, ForkResponse,
+    ChangedPages, ChangedQuery, CheckpointColors, CheckpointInfo, CheckpointList, CheckpointRequest, CheckpointResult,
+    CloneRequest, CloneResponse, ColorsQuery, ErrorBody, ForkRequest, ForkResponse,
 };
 
-use super::{Answer, Body, Daemonic};
+use super::{Answer, Body, Daemonic, Query};
 use crate::error::ApiResult;
 
 /// Checkpoints a VM, which goes on.
@@ -63,6 +63,37 @@ pub(super) async fn wait(State(daemon): Daemonic, Path(id): Path<String>) -> Ans
 pub(super) async fn descriptor(State(daemon): Daemonic, Path(id): Path<String>) -> ApiResult<impl IntoResponse> {
     let bytes = daemon.encoded_descriptor(&id).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes))
+}
+
+/// What the pages of a checkpoint are: how many of each color, the largest files, processes and slab caches. Waits until it is
+/// known.
+#[utoipa::path(get, path = "/v1/checkpoints/{id}/colors", tag = "checkpoints", params(("id" = String, Path, description = "Id, or prefix of it"), ColorsQuery),
+    responses((status = 200, body = CheckpointColors), (status = "default", body = ErrorBody)))]
+pub(super) async fn colors(
+    State(daemon): Daemonic,
+    Path(id): Path<String>,
+    Query(query): Query<ColorsQuery>,
+) -> Answer<CheckpointColors> {
+    Ok(Json(daemon.checkpoint_colors(&id, query.largest).await?))
+}
+
+/// The color map itself: what each page is. Waits until it is known.
+#[utoipa::path(get, path = "/v1/checkpoints/{id}/colors/map", tag = "checkpoints", params(("id" = String, Path, description = "Id, or prefix of it")),
+    responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>), (status = "default", body = ErrorBody)))]
+pub(super) async fn color_map(State(daemon): Daemonic, Path(id): Path<String>) -> ApiResult<impl IntoResponse> {
+    let bytes = daemon.encoded_colors(&id).await?;
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes))
+}
+
+/// The pages in which a checkpoint differs from another one of its family.
+#[utoipa::path(get, path = "/v1/checkpoints/{id}/changed", tag = "checkpoints", params(("id" = String, Path, description = "Id, or prefix of it"), ChangedQuery),
+    responses((status = 200, body = ChangedPages), (status = "default", body = ErrorBody)))]
+pub(super) async fn changed(
+    State(daemon): Daemonic,
+    Path(id): Path<String>,
+    Query(query): Query<ChangedQuery>,
+) -> Answer<ChangedPages> {
+    Ok(Json(daemon.changed_pages(&id, &query.since).await?))
 }
 
 /// Removes a checkpoint that nothing uses.

@@ -10,10 +10,11 @@ use std::{
     time::Duration,
 };
 
+use ramet_color::CpuRoot;
 use ramet_memory::{ImageId, LayerId, VmId};
 use ramet_pager::control::{
-    AttachReply, CommitReply, ControlError, ImageReport, PingReply, PrepareReply, Request, Response, SourceAddress,
-    SpecReply, StatsReport, View,
+    AttachReply, ChangedReply, ColorBase, ColorReply, CommitReply, ControlError, ImageReport, PingReply, PrepareReply,
+    Request, Response, SourceAddress, SpecReply, StatsReport, View,
 };
 use serde::de::DeserializeOwned;
 use tokio::{
@@ -185,6 +186,29 @@ impl Control {
     /// [`PagerError`].
     pub async fn image_wait(&self, image: ImageId) -> Result<ImageReport> {
         self.call(&Request::ImageWait { image }, true, COPY).await
+    }
+
+    /// Has the image colored, once it is copied: its map is written to `path`.
+    ///
+    /// # Errors
+    /// [`PagerError`].
+    pub async fn image_color(
+        &self,
+        image: ImageId,
+        cpus: Vec<CpuRoot>,
+        path: &Path,
+        base: Option<ColorBase>,
+    ) -> Result<ColorReply> {
+        let request = Request::ImageColor { image, cpus, path: path.to_owned(), base };
+        self.call(&request, true, COPY).await
+    }
+
+    /// The pages in which two images differ.
+    ///
+    /// # Errors
+    /// [`PagerError`].
+    pub async fn image_changed(&self, image: ImageId, since: ImageId) -> Result<Vec<[u64; 2]>> {
+        self.call::<ChangedReply>(&Request::ImageChanged { image, since }, true, COPY).await.map(|r| r.runs)
     }
 
     /// What the image has.

@@ -138,4 +138,6 @@ pub async fn assert_nothing_left(lab: &Lab, host: usize) {
     let left =
         || std::fs::read_dir(&pages).map(|dir| dir.flatten().map(|e| e.path()).collect::<Vec<_>>()).unwrap_or_default();
     until("no page file is left", || async { left().is_empty() }).await;
+    let checkpoints = std::path::Path::new(&info.state_dir).join("checkpoints");
+    assert_eq!(std::fs::read_dir(&checkpoints).unwrap().count(), 0, "in {}", checkpoints.display());
 }

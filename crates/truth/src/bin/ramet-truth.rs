@@ -1,7 +1,12 @@
-//! Runs in a guest: writes down what its kernel says about every page, and sleeps. See the crate's documentation.
+//! Runs in a guest. Without arguments: writes down what its kernel says about every page, and sleeps; see the crate's
+//! documentation. Two more things let a guest prove that its memory is still right:
+//!
+//! - `ramet-truth hold MEBIBYTES FILE`: allocates blocks of many sizes and frees a third of them, writes `FILE` when the rest is
+//!   filled, waits for `FILE.ask`, looks whether everything is as it was, and then writes `FILE.right` or `FILE.wrong`.
+//! - `ramet-truth check MEBIBYTES`: allocates so much at once, and fails unless it is all zeros and takes what is written to it.
 #![forbid(unsafe_code)]
 
-use ramet_truth::page::{HEADER, Mapped, PAGE, PAYLOAD, Section, magic};
+use ramet_truth::page::{HEADER, Mapped, PAGE, PASSING, PAYLOAD, Section, magic};
 use std::{
     fs::{self, File},
     io::{self, Read, Write as _},
@@ -9,14 +14,98 @@ use std::{
     time::Duration,
 };
 
+/// How long nothing must change before it is called at rest.
+const PAUSE: Duration = Duration::from_millis(2500);
+/// How often that is tried.
+const ROUNDS: usize = 12;
+
 fn main() -> io::Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let bad = || io::Error::new(io::ErrorKind::InvalidInput, "ramet-truth [hold MEBIBYTES FILE | check MEBIBYTES]");
+    let size = |text: &str| text.parse::<usize>().map(|mebibytes| mebibytes << 20).map_err(|_| bad());
+    match &args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => tell(),
+        ["hold", mebibytes, file] => hold(size(mebibytes)?, file),
+        ["check", mebibytes] => check(size(mebibytes)?),
+        _ => Err(bad()),
+    }
+}
+
+/// Numbers without an order to them.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+fn fill(block: &mut [u64], seed: u64) {
+    let mut numbers = Numbers(seed | 1);
+    block.fill_with(|| numbers.next());
+}
+
+fn is_filled(block: &[u64], seed: u64) -> bool {
+    let mut numbers = Numbers(seed | 1);
+    block.iter().all(|&word| word == numbers.next())
+}
+
+fn hold(size: usize, file: &str) -> io::Result<()> {
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    let (mut blocks, mut held) = (Vec::new(), 0);
+    while held < size {
+        // 64 bytes to 128 KiB: some of the heap's, some mapped each by itself.
+        let words = 8 << (numbers.next() % 12);
+        let mut block = vec![0u64; words];
+        fill(&mut block, blocks.len() as u64);
+        held += words * 8;
+        blocks.push(Some(block));
+    }
+    // In another order than they were made.
+    for _ in 0..blocks.len() / 3 {
+        let at = (numbers.next() % blocks.len() as u64) as usize;
+        blocks[at] = None;
+    }
+    fs::write(file, "held\n")?;
+    while !fs::exists(format!("{file}.ask"))? {
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    let right = (0..).zip(&blocks).all(|(seed, block)| block.as_ref().is_none_or(|block| is_filled(block, seed)));
+    fs::write(format!("{file}.{}", if right { "right" } else { "wrong" }), "\n")
+}
+
+fn check(size: usize) -> io::Result<()> {
+    let mut memory = vec![0u64; size / 8];
+    if memory.iter().any(|&word| word != 0) {
+        return Err(io::Error::other("fresh memory is not zero"));
+    }
+    fill(&mut memory, 7);
+    if !is_filled(&memory, 7) {
+        return Err(io::Error::other("memory does not hold what was written to it"));
+    }
+    println!("right");
+    Ok(())
+}
+
+fn tell() -> io::Result<()> {
     let frames = frames()?;
     // Flags twice, counts, mappings of 24 bytes, and some room.
     let mut pages = Pages::new((frames * 56 + (2 << 20)) / PAYLOAD + 1);
-    // Once to have everything in memory that the second time needs.
-    for _ in 0..2 {
+    // Once to have everything in memory that the next time needs; and until the guest is at rest: kernels give back what each
+    // CPU holds of free pages over some seconds.
+    let mut pause = Duration::ZERO;
+    for _ in 0..ROUNDS {
         pages.clear();
-        read_all(&mut pages, frames)?;
+        let (flags, again) = read_all(&mut pages, frames, pause)?;
+        let at_rest =
+            (0..frames * 8).step_by(8).all(|at| (pages.word(flags + at) ^ pages.word(again + at)) & !PASSING == 0);
+        if at_rest && !pause.is_zero() {
+            break;
+        }
+        pause = PAUSE;
     }
     pages.complete();
     let _ = io::stdout().write_all(b"TRUTH\n");
@@ -38,25 +127,31 @@ fn frames() -> io::Result<usize> {
     }
 }
 
-fn read_all(pages: &mut Pages, frames: usize) -> io::Result<()> {
+/// Reads everything, the flags again after a pause; returns where the flags stand, both times.
+fn read_all(pages: &mut Pages, frames: usize, pause: Duration) -> io::Result<(usize, usize)> {
     let mut text = vec![0; 256 << 10];
-    for (section, path) in [(Section::Meminfo, "/proc/meminfo"), (Section::Iomem, "/proc/iomem")] {
-        let len = read_text(path, &mut text)?;
+    for (section, path) in
+        [(Section::Meminfo, "/proc/meminfo"), (Section::Slabinfo, "/proc/slabinfo"), (Section::Iomem, "/proc/iomem")]
+    {
+        // Some kernels have no slabinfo.
+        let len = read_text(path, &mut text).unwrap_or(0);
         pages.section(section, len);
         pages.put(&text[..len]);
     }
     processes(pages, &mut text)?;
     mappings(pages, &mut text)?;
-    for (section, path) in [
-        (Section::Flags, "/proc/kpageflags"),
-        (Section::Counts, "/proc/kpagecount"),
-        (Section::FlagsAgain, "/proc/kpageflags"),
-    ] {
+    let mut numbers = |section, path| -> io::Result<usize> {
         pages.section(section, frames * 8);
+        let start = pages.at;
         pages.read(&File::open(path)?, frames * 8)?;
-    }
+        Ok(start)
+    };
+    let flags = numbers(Section::Flags, "/proc/kpageflags")?;
+    numbers(Section::Counts, "/proc/kpagecount")?;
+    std::thread::sleep(pause);
+    let again = numbers(Section::FlagsAgain, "/proc/kpageflags")?;
     pages.section_raw(0, 0);
-    Ok(())
+    Ok((flags, again))
 }
 
 fn read_text(path: &str, into: &mut [u8]) -> io::Result<usize> {
@@ -169,6 +264,20 @@ impl Pages {
     fn page(&mut self, number: usize) -> &mut [u8] {
         let at = self.start + number * PAGE;
         &mut self.memory[at..at + PAGE]
+    }
+
+    /// The number at byte `at` of what was written.
+    fn word(&mut self, at: usize) -> u64 {
+        let within = HEADER + at % PAYLOAD;
+        let mut bytes = [0; 8];
+        if let Some(whole) = self.page(at / PAYLOAD).get(within..within + 8) {
+            bytes.copy_from_slice(whole);
+            return u64::from_le_bytes(bytes);
+        }
+        for (at, byte) in (at..).zip(&mut bytes) {
+            *byte = self.page(at / PAYLOAD)[HEADER + at % PAYLOAD];
+        }
+        u64::from_le_bytes(bytes)
     }
 
     fn clear(&mut self) {

@@ -15,6 +15,7 @@ fn sample() -> Descriptor {
         name_hint: "web \"\u{fc}\" \u{0}".into(),
         device_state: firmware_like(370_000),
         memory: memory_of(1024, 1),
+        colors: (0..=255).collect(),
         page_source: Some(PageSource { addr: "10.77.0.1:40000".into(), name: "h1".into() }),
     }
 }
@@ -44,7 +45,14 @@ fn memory_of(mib: u64, image: u128) -> Vec<u8> {
 fn it_round_trips() {
     let with = sample();
     assert_eq!(Descriptor::decode(&with.encode().unwrap()), Ok(with.clone()));
-    let without = Descriptor { page_source: None, device_state: vec![], spec_json: vec![], memory: vec![], ..with };
+    let without = Descriptor {
+        page_source: None,
+        device_state: vec![],
+        spec_json: vec![],
+        memory: vec![],
+        colors: vec![],
+        ..with
+    };
     assert_eq!(Descriptor::decode(&without.encode().unwrap()), Ok(without.clone()));
 }
 
@@ -62,9 +70,9 @@ fn another_version_is_refused_by_name() {
     let error = Descriptor::decode(&bytes).unwrap_err();
     assert_eq!(error, DescriptorError::Version { found: 9 });
     let text = error.to_string();
-    assert!(text.contains("version 9") && text.contains("version 1") && text.contains("same ramet release"), "{text}");
+    assert!(text.contains("version 9") && text.contains("version 2") && text.contains("same ramet release"), "{text}");
     // Even if that version is laid out otherwise.
-    assert_eq!(Descriptor::decode(b"RDSC\x02\0").unwrap_err(), DescriptorError::Version { found: 2 });
+    assert_eq!(Descriptor::decode(b"RDSC\x03\0").unwrap_err(), DescriptorError::Version { found: 3 });
 }
 
 #[test]
@@ -112,8 +120,8 @@ fn the_memory_section_must_be_the_checkpoints_own() {
 fn any_descriptor() -> impl Strategy<Value = Descriptor> {
     let bytes = || prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..600);
     let source = prop::option::of((".{0,40}", "[a-z0-9.-]{0,40}").prop_map(|(addr, name)| PageSource { addr, name }));
-    (any::<(u128, u128, u128, u32, u32)>(), bytes(), bytes(), bytes(), ".{0,40}", ".{0,40}", source).prop_map(
-        |(ids, spec_json, device_state, memory, guest_kind, name_hint, page_source)| Descriptor {
+    (any::<(u128, u128, u128, u32, u32)>(), bytes(), bytes(), (bytes(), bytes()), ".{0,40}", ".{0,40}", source)
+        .prop_map(|(ids, spec_json, device_state, (memory, colors), guest_kind, name_hint, page_source)| Descriptor {
             checkpoint: ImageId::from_u128(ids.0),
             family: FamilyId::from_u128(ids.1),
             parent_vm: VmId::from_u128(ids.2),
@@ -124,9 +132,9 @@ fn any_descriptor() -> impl Strategy<Value = Descriptor> {
             name_hint,
             device_state,
             memory,
+            colors,
             page_source,
-        },
-    )
+        })
 }
 
 proptest! {
