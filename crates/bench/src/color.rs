@@ -9,8 +9,8 @@ use ramet_color::{Base, ColorMap, CpuRoot, GuestMemory, color};
 use ramet_image::{BuildOptions, ImageStore};
 use ramet_memory::{ByteSize, LayerId, PAGE_SIZE, PageIndex, PageSet, page_checksum};
 use ramet_truth::{
-    guest::{Guest, GuestOptions, RamFile},
-    observer::{Class, Comparison, Truth},
+    guest::{CPU, Guest, GuestOptions, Observed, RamFile},
+    observer::{Class, Comparison},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -63,13 +63,14 @@ pub fn run(quick: bool) -> Result<Report> {
     let place = Place::prepare()?;
     let mut right = 0;
     for (suite, name) in FULL {
-        right += usize::from(full(&place, suite, name, &mut report)?);
+        let good = full(&place, suite, name, &mut report);
+        right += usize::from(kept(good, name, &mut report).unwrap_or(false));
     }
     if !quick {
         for (suite, name) in MORE {
             eprintln!("color: {name}");
             let mut guest = place.boot(suite, 384, 48, |_| {})?;
-            let seen = look(&mut guest)?;
+            let seen = guest.observe()?;
             right += usize::from(all_right(name, &seen));
             measure(
                 &mut report,
@@ -79,9 +80,22 @@ pub fn run(quick: bool) -> Result<Report> {
             );
         }
         report.goals.push(Goal::at_least("kernels on which every class is right", right as f64, 5.0));
-        large(&place, &mut report)?;
+        let done = large(&place, &mut report);
+        kept(done, "4 GiB", &mut report);
     }
     Ok(report)
+}
+
+/// What a guest that fails leaves out of the report is a goal that is not met: the rest is still told.
+fn kept<T>(done: Result<T>, name: &str, report: &mut Report) -> Option<T> {
+    match done {
+        Ok(done) => Some(done),
+        Err(err) => {
+            eprintln!("color: {name}: {err:#}");
+            report.goals.push(Goal::at_least(format!("{name}: all of it could be measured"), 0.0, 1.0));
+            None
+        }
+    }
 }
 
 /// A guest beyond the hole below 4 GiB, with two CPUs, 4-level page tables and a user's half of its own.
@@ -89,10 +103,10 @@ fn large(place: &Place, report: &mut Report) -> Result<()> {
     eprintln!("color: 4 GiB");
     let mut guest = place.boot(None, 4096, 300, |options| {
         options.cpus = 2;
-        options.cpu = "max,la57=off".into();
+        options.cpu = format!("{CPU},la57=off");
         options.cmdline = "pti=on".into();
     })?;
-    let seen = look(&mut guest)?;
+    let seen = guest.observe()?;
     let name = "4 GiB, 2 CPUs, 4 levels, page-table isolation";
     let good = all_right(name, &seen);
     report.goals.push(Goal::at_least(format!("{name}: every class is right"), f64::from(u8::from(good)), 1.0));
@@ -104,7 +118,7 @@ fn large(place: &Place, report: &mut Report) -> Result<()> {
 fn full(place: &Place, suite: Option<&str>, name: &str, report: &mut Report) -> Result<bool> {
     eprintln!("color: {name}");
     let mut guest = place.boot(suite, 768, 200, |_| {})?;
-    let seen = look(&mut guest)?;
+    let seen = guest.observe()?;
     let good = all_right(name, &seen);
     truth_goals(name, &seen, report);
     eprintln!("color: {name}: its free pages overwritten");
@@ -117,7 +131,7 @@ fn full(place: &Place, suite: Option<&str>, name: &str, report: &mut Report) -> 
 
     eprintln!("color: {name}: init_on_free=1");
     let mut guest = place.boot(suite, 512, 100, |options| options.cmdline = "init_on_free=1 init_on_alloc=0".into())?;
-    let seen = look(&mut guest)?;
+    let seen = guest.observe()?;
     let pages = overwrite(&guest, &seen.map, Fill::Zeros)?;
     measure(report, format!("{name}: free pages overwritten with zeros, init_on_free=1"), "pages", pages as f64);
     let passed = check_self(&mut guest);
@@ -126,7 +140,7 @@ fn full(place: &Place, suite: Option<&str>, name: &str, report: &mut Report) -> 
 
     eprintln!("color: {name}: page_poison=1");
     let mut guest = place.boot(suite, 512, 100, |options| options.cmdline = "page_poison=1".into())?;
-    let seen = look(&mut guest)?;
+    let seen = guest.observe()?;
     let pages = (0..seen.map.pages().0).filter(|&page| seen.map.may_be_zero(PageIndex(page))).count();
     report.goals.push(Goal::at_most(format!("{name}: page_poison=1, pages that may be zero"), pages as f64, 0.0));
     Ok(good)
@@ -272,9 +286,9 @@ fn load(guest: &mut Guest, mebibytes: u64) -> Result<()> {
     guest.sh("mkdir -p /tmp/small; i=0; while [ $i -lt 200 ]; do head -c $((i*97+100)) /dev/urandom >/tmp/small/$i; i=$((i+1)); done; cat /tmp/small/* | md5sum >/tmp/small.sum", LIMIT)?;
     guest.sh(
         "printf 'server.document-root=\"/disk\"\\nserver.port=8080\\nserver.bind=\"127.0.0.1\"\\n' >/tmp/lighttpd.conf; \
-         lighttpd -f /tmp/lighttpd.conf && sleep 1; \
-         i=0; while [ $i -lt 40 ]; do wget -q -O - http://127.0.0.1:8080/d$i/f$i || exit 9; i=$((i+1)); done | md5sum >/tmp/web.sum; \
-         test -s /tmp/web.sum",
+         lighttpd -f /tmp/lighttpd.conf || exit 9; \
+         i=0; until wget -q -O /dev/null http://127.0.0.1:8080/d0/f0; do sleep 0.5; i=$((i+1)); [ $i -lt 200 ] || exit 9; done; \
+         i=0; while [ $i -lt 40 ]; do cat /disk/d$i/f$i; i=$((i+1)); done | md5sum >/tmp/web.sum",
         LIMIT,
     )?;
     for line in PYTHON.trim().lines() {
@@ -282,7 +296,8 @@ fn load(guest: &mut Guest, mebibytes: u64) -> Result<()> {
     }
     guest.sh(
         &format!(
-            "python3 /tmp/load.py >/tmp/python.log 2>&1 & ramet-truth hold {mebibytes} /tmp/held & sleep 10000 & true"
+            "i=0; while [ $i -lt 40 ]; do wget -q -O /dev/null http://127.0.0.1:8080/d$i/f$i || exit 9; i=$((i+1)); done; \
+             python3 /tmp/load.py >/tmp/python.log 2>&1 & ramet-truth hold {mebibytes} /tmp/held & sleep 10000 & true"
         ),
         LIMIT,
     )?;
@@ -291,22 +306,6 @@ fn load(guest: &mut Guest, mebibytes: u64) -> Result<()> {
         LIMIT,
     )?;
     Ok(())
-}
-
-/// What was seen of a stopped guest.
-struct Seen {
-    map: ColorMap,
-    comparison: Comparison,
-}
-
-/// Has the guest's kernel say what its pages are, stops it, and colors it.
-fn look(guest: &mut Guest) -> Result<Seen> {
-    guest.tell_truth()?;
-    let roots = guest.roots()?;
-    let map = color(guest.memory(), &roots, None)?;
-    let truth = Truth::find(guest.memory())?.context("What the guest's kernel says is not complete in its memory")?;
-    let comparison = truth.compare(&map, guest.memory());
-    Ok(Seen { map, comparison })
 }
 
 fn release(map: &ColorMap) -> &str {
@@ -330,7 +329,7 @@ fn shares(comparison: &Comparison) -> Vec<(String, f64, u64, f64)> {
     shares
 }
 
-fn all_right(name: &str, seen: &Seen) -> bool {
+fn all_right(name: &str, seen: &Observed) -> bool {
     let good = seen.comparison.wrongly_free.is_empty()
         && shares(&seen.comparison).iter().all(|(_, ratio, all, bound)| ratio >= bound && *all > 0);
     let word = if good { "every class is right" } else { "NOT every class is right" };
@@ -339,7 +338,7 @@ fn all_right(name: &str, seen: &Seen) -> bool {
     good
 }
 
-fn truth_goals(name: &str, seen: &Seen, report: &mut Report) {
+fn truth_goals(name: &str, seen: &Observed, report: &mut Report) {
     let name = format!("{name} ({})", release(&seen.map));
     for (what, ratio, pages, bound) in shares(&seen.comparison) {
         measure(report, format!("{name}: {what}, of so many"), "pages", pages as f64);
@@ -416,7 +415,7 @@ fn check_self(guest: &mut Guest) -> Result<()> {
         ),
         (
             "the web server",
-            "i=0; while [ $i -lt 40 ]; do wget -q -O - http://127.0.0.1:8080/d$i/f$i || exit 9; i=$((i+1)); done | md5sum | cmp - /tmp/web.sum",
+            "i=0; while [ $i -lt 40 ]; do wget -q -O - http://127.0.0.1:8080/d$i/f$i || exit 9; i=$((i+1)); done >/tmp/web && md5sum </tmp/web | cmp - /tmp/web.sum",
         ),
         (
             "the kernel's log",

@@ -1,9 +1,12 @@
 //! Running a guest by QEMU alone, to look at its memory from outside: its RAM is a file, its console a socket on which a shell
 //! takes commands, and it can be stopped, looked at, overwritten and let go on. No part of Ramet's daemon is involved.
 
-use crate::qmp::Qmp;
+use crate::{
+    observer::{Comparison, Truth},
+    qmp::Qmp,
+};
 use anyhow::{Context as _, Result, bail, ensure};
-use ramet_color::{CpuRoot, GuestMemory};
+use ramet_color::{ColorMap, CpuRoot, GuestMemory, color};
 use ramet_memory::{ByteSize, PAGE_SIZE, PageCount, PageIndex};
 use rustix::fs::SeekFrom;
 use serde_json::{Value, json};
@@ -25,7 +28,7 @@ const ANSWER: Duration = Duration::from_secs(60);
 /// How long a guest may take to boot.
 const BOOT: Duration = Duration::from_secs(120);
 /// How long the program in the guest may take to write down what its kernel says.
-const TRUTH: Duration = Duration::from_secs(120);
+const TRUTH: Duration = Duration::from_secs(400);
 /// How long a guest is left alone before it is stopped: until the program that says it is ready sleeps.
 const REST: Duration = Duration::from_millis(200);
 /// How long a silent console is waited for before it is sent an empty line.
@@ -63,11 +66,28 @@ impl GuestOptions {
             memory,
             cpus: 1,
             cmdline: String::new(),
-            cpu: "max".into(),
+            cpu: CPU.into(),
             disk: None,
             tmpfs: "/dev/shm".into(),
         }
     }
+}
+
+/// QEMU's CPU model. QEMU 7.2 sometimes returns from CMPXCHG16B with arbitrary flags under TCG, of which kernels die that use it (6.12
+/// and later do, in their slab allocator): so without.
+pub const CPU: &str = "max,cx16=off";
+/// How often a guest is asked until it is at rest.
+const TRIES: u32 = 4;
+
+/// A stopped guest, as it was colored and as its own kernel has it.
+#[derive(Debug)]
+pub struct Observed {
+    /// What every page is, from outside.
+    pub map: ColorMap,
+    /// What the guest's kernel says.
+    pub truth: Truth,
+    /// The one held against the other.
+    pub comparison: Comparison,
 }
 
 /// A running guest. QEMU ends, and its memory goes, when this is dropped and also when the thread that started it ends.
@@ -230,6 +250,32 @@ impl Guest {
         self.await_text("TRUTH\n", TRUTH)?;
         std::thread::sleep(REST);
         self.stop()
+    }
+
+    /// Stops the guest with its kernel's words in its memory, colors it, and holds the one against the other.
+    ///
+    /// A kernel gives pages back to its allocator now and then, by a timer. Where that was between its words and the stop, pages are
+    /// free that were said not to be: then the guest goes on and says it anew, some times at most. A page that is wrongly called
+    /// free is so every time.
+    ///
+    /// # Errors
+    /// When the guest does not answer, or its memory can't be read.
+    pub fn observe(&mut self) -> Result<Observed> {
+        let mut tries = TRIES;
+        loop {
+            self.tell_truth()?;
+            let roots = self.roots()?;
+            let map = color(self.memory(), &roots, None)?;
+            let truth =
+                Truth::find(self.memory())?.context("What the guest's kernel says is not complete in its memory")?;
+            let comparison = truth.compare(&map, self.memory());
+            tries -= 1;
+            if comparison.wrongly_free.is_empty() || tries == 0 {
+                return Ok(Observed { map, truth, comparison });
+            }
+            self.cont()?;
+            self.forget_truth()?;
+        }
     }
 
     /// Ends the program that wrote down what the kernel says, and so gives back its memory.

@@ -4,11 +4,11 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use ramet_color::{ColorMap, GuestMemory as _, color};
+use ramet_color::{ColorMap, GuestMemory as _};
 use ramet_memory::{ByteSize, PAGE_SIZE, PageIndex};
 use ramet_truth::{
-    guest::{Guest, GuestOptions},
-    observer::{Class, Truth},
+    guest::{CPU, Guest, GuestOptions, Observed},
+    observer::Class,
 };
 use std::{path::PathBuf, time::Duration};
 
@@ -37,12 +37,8 @@ fn load(guest: &mut Guest) {
 
 /// Stops the guest and checks what the coloring says of it.
 fn check_truth(guest: &mut Guest) -> ColorMap {
-    guest.tell_truth().unwrap();
-    let roots = guest.roots().unwrap();
-    let map = color(guest.memory(), &roots, None).unwrap();
-    let truth = Truth::find(guest.memory()).unwrap().expect("the guest's notes are complete");
-    let found = truth.compare(&map, guest.memory());
-    println!("{}\n{}", truth.processes.len(), found.text());
+    let Observed { map, comparison: found, .. } = guest.observe().unwrap();
+    println!("{}", found.text());
     assert_eq!(map.trouble, "");
     assert_eq!(found.wrongly_free, [], "pages in use are called free\n{}", found.text());
     for (class, share) in &found.classes {
@@ -129,7 +125,7 @@ fn a_kernel_that_clears_what_it_frees_finds_zeros_where_zeros_were_put() {
 #[test]
 fn a_guest_with_memory_above_the_hole_is_understood() {
     let mut options = GuestOptions::new(image("truth"), ByteSize::mib(3584));
-    options.cpu = "max,la57=off".into();
+    options.cpu = format!("{CPU},la57=off");
     options.cmdline = "pti=on".into();
     let mut guest = Guest::start(&options).unwrap();
     load(&mut guest);

@@ -458,17 +458,3 @@ fn a_guest_of_512_mib_is_small() {
     assert_eq!(ColorMap::decode(&bytes, map.pages()), Ok(map));
     assert!(bytes.len() < 150_000);
 }
-
-/// Times for a guest of 1 GiB. They mean something in release mode: `cargo test --release -- --ignored --nocapture`.
-#[test]
-#[ignore = "measures, proves nothing"]
-fn times_of_1_gib() {
-    let map = Guest::new(262_144, 8_000).run();
-    let start = std::time::Instant::now();
-    (0..20).for_each(|_| assert!(!map.encode().is_empty()));
-    let encoding = start.elapsed() / 20;
-    let bytes = map.encode();
-    let start = std::time::Instant::now();
-    (0..20).for_each(|_| assert!(ColorMap::decode(&bytes, map.pages()).is_ok()));
-    println!("{} bytes, encoded in {encoding:?}, decoded in {:?}", bytes.len(), start.elapsed() / 20);
-}
