@@ -136,13 +136,15 @@ fn full(place: &Place, suite: Option<&str>, name: &str, report: &mut Report) -> 
     measure(report, format!("{name}: free pages overwritten with zeros, init_on_free=1"), "pages", pages as f64);
     let passed = check_self(&mut guest);
     report.goals.push(passed_goal(format!("{name}: init_on_free=1 goes on over zeros and is right"), passed, pages));
-    drop(guest);
 
-    eprintln!("color: {name}: page_poison=1");
-    let mut guest = place.boot(suite, 512, 100, |options| options.cmdline = "page_poison=1".into())?;
+    // Debian's kernels are built without page poisoning: what it does is done from outside.
     let seen = guest.observe()?;
-    let pages = (0..seen.map.pages().0).filter(|&page| seen.map.may_be_zero(PageIndex(page))).count();
-    report.goals.push(Goal::at_most(format!("{name}: page_poison=1, pages that may be zero"), pages as f64, 0.0));
+    overwrite(&guest, &seen.map, Fill::Poison)?;
+    let roots = guest.roots()?;
+    let map = color(guest.memory(), &roots, None)?;
+    let pages = (0..map.pages().0).filter(|&page| map.may_be_zero(PageIndex(page))).count();
+    let what = "free pages filled as by page_poison=1: pages that may be zero";
+    report.goals.push(Goal::at_most(format!("{name}: {what}"), pages as f64, 0.0));
     Ok(good)
 }
 
@@ -365,12 +367,13 @@ fn truth_goals(name: &str, seen: &Observed, report: &mut Report) {
 enum Fill {
     Garbage,
     Zeros,
+    Poison,
 }
 
 /// Writes over every page that a clone may be given zeros for; returns how many there are.
 fn overwrite(guest: &Guest, map: &ColorMap, with: Fill) -> Result<u64> {
     let (mut count, mut state) = (0, 0x9e37_79b9_7f4a_7c15);
-    let mut bytes = [0; PAGE_SIZE];
+    let mut bytes = [if with == Fill::Poison { 0xaa } else { 0 }; PAGE_SIZE];
     for page in (0..map.pages().0).map(PageIndex).filter(|&page| map.may_be_zero(page)) {
         if with == Fill::Garbage {
             fill(&mut bytes, &mut state);
