@@ -16,11 +16,11 @@ use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, File},
     io::{BufRead as _, BufReader, Write as _},
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
-use tempfile::TempDir;
 
 const LIMIT: Duration = Duration::from_secs(300);
 /// Where guests' RAM goes.
@@ -163,11 +163,34 @@ fn measure(report: &mut Report, name: String, unit: &'static str, value: f64) {
     report.results.push(Measured::of(name, unit, vec![value]));
 }
 
+/// A disk with files of many sizes. Its name is gone, so that it goes with this process however that ends.
+fn disk() -> Result<File> {
+    let dir = tempfile::Builder::new().prefix("ramet-bench-color-").tempdir()?;
+    let (tree, image) = (dir.path().join("tree"), dir.path().join("disk"));
+    let (mut state, mut bytes) = (0x2545_f491_4f6c_dd1d, vec![0; 64 << 10]);
+    for number in 0..FILES {
+        let dir = tree.join(format!("d{}", number % 40));
+        fs::create_dir_all(&dir)?;
+        let len = random(&mut state) as usize % bytes.len() / (1 + number as usize % 3);
+        fill(&mut bytes[..len], &mut state);
+        fs::write(dir.join(format!("f{number}")), &bytes[..len])?;
+    }
+    let made = Command::new("mkfs.ext4")
+        .args(["-q", "-F", "-m", "0", "-N", "8192", "-d"])
+        .args([&tree, &image])
+        .arg("160M")
+        .stdout(Stdio::null())
+        .status()
+        .context("Can't start mkfs.ext4: install e2fsprogs")?;
+    ensure!(made.success(), "mkfs.ext4 could not make a disk with files ({made})");
+    Ok(File::open(image)?)
+}
+
 /// What guests are made of.
 struct Place {
     images: ImageStore,
     programs: PathBuf,
-    dir: TempDir,
+    disk: File,
 }
 
 impl Place {
@@ -175,37 +198,12 @@ impl Place {
         let images = std::env::var_os("RAMET_IMAGE_DIR")
             .context("RAMET_IMAGE_DIR is not set: run this by `cargo xtask bench color`, which sets it")?;
         let programs = std::env::current_exe()?.parent().context("this program lies in no directory")?.to_owned();
-        let dir = tempfile::Builder::new().prefix("ramet-bench-color-").tempdir()?;
-        let place = Self { images: ImageStore::new(images), programs, dir };
-        place.disk()?;
-        Ok(place)
+        Ok(Self { images: ImageStore::new(images), programs, disk: disk()? })
     }
 
+    /// Where QEMU can open the disk, which has no name.
     fn disk_path(&self) -> PathBuf {
-        self.dir.path().join("disk")
-    }
-
-    /// A disk with files of many sizes.
-    fn disk(&self) -> Result<()> {
-        let tree = self.dir.path().join("tree");
-        let (mut state, mut bytes) = (0x2545_f491_4f6c_dd1d, vec![0; 64 << 10]);
-        for number in 0..FILES {
-            let dir = tree.join(format!("d{}", number % 40));
-            fs::create_dir_all(&dir)?;
-            let len = random(&mut state) as usize % bytes.len() / (1 + number as usize % 3);
-            fill(&mut bytes[..len], &mut state);
-            fs::write(dir.join(format!("f{number}")), &bytes[..len])?;
-        }
-        let made = Command::new("mkfs.ext4")
-            .args(["-q", "-F", "-m", "0", "-N", "8192", "-d"])
-            .args([&tree, &self.disk_path()])
-            .arg("160M")
-            .stdout(Stdio::null())
-            .status()
-            .context("Can't start mkfs.ext4: install e2fsprogs")?;
-        ensure!(made.success(), "mkfs.ext4 could not make a disk with files ({made})");
-        fs::remove_dir_all(tree)?;
-        Ok(())
+        format!("/proc/{}/fd/{}", std::process::id(), self.disk.as_raw_fd()).into()
     }
 
     /// The image of a suite's kernel, built when there is none or its programs are newer.
