@@ -201,10 +201,13 @@ fn processes(
     map: &mut ColorMap,
 ) -> Result<u64, ColorError> {
     let physical = space.physical;
-    // A page that was no root and has not changed is none.
+    // A page that was no root, and of which neither the bytes nor the use have changed, is none. The bytes alone would not do: a root
+    // that is given back and taken anew may look the same.
     let was_none = |page: PageIndex| {
         base.is_some_and(|base| {
-            !base.changed.contains(page) && !matches!(base.map.place(page), Some(Place::PageTable(4 | 5)))
+            !base.changed.contains(page)
+                && table.page_of_frame(space, page).is_some_and(|frames| !base.changed.contains(frames))
+                && !matches!(base.map.place(page), Some(Place::PageTable(4 | 5)))
         })
     };
     let candidates = candidates.iter().map(|&page| PageIndex(u64::from(page)));

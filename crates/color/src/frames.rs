@@ -82,6 +82,12 @@ impl FrameTable {
         Ok(space.read(self.va(space.physical.frame(page)), &mut frame)?.then_some(frame))
     }
 
+    /// The page of memory that the frame of a page is in.
+    pub(crate) fn page_of_frame(self, space: &KernelSpace<'_>, page: PageIndex) -> Option<PageIndex> {
+        let (gpa, _) = space.translate(self.va(space.physical.frame(page)))?;
+        space.physical.page(gpa)
+    }
+
     /// Which page of the frame table an address is in.
     pub(crate) fn own_page(self, va: u64, frames: u64) -> Option<u32> {
         let offset = va.checked_sub(self.base)?;

@@ -200,6 +200,28 @@ fn what_changed_since_an_earlier_map_is_seen() {
     }
 }
 
+/// A process's root that was given back and taken anew may hold the very bytes that it held before.
+#[test]
+fn a_root_that_looks_as_before_and_was_none_is_found() {
+    for recorded in &RECORDED {
+        let fixture = &recorded.fixture;
+        let full = colored(recorded);
+        let frames = Frames::new(fixture, &full);
+        let init = full.processes.iter().find(|process| process.pid == 1).unwrap();
+        let at = frames.at(init.root / 4096).unwrap();
+        let mut earlier = fixture.memory();
+        earlier.write(at + frame::KIND + 4, &[0; 4]);
+        let before = color(&earlier, &[fixture.cpu], None).unwrap();
+        assert!(!before.processes.contains(init), "a page without references is no root");
+        let mut changed = PageSet::new(fixture.pages);
+        changed.insert(PageIndex::of_offset(at));
+        let base = Base { map: &before, changed: &changed };
+        let map = color(&fixture.memory(), &[fixture.cpu], Some(base)).unwrap();
+        assert!(map.processes.contains(init), "{}", recorded.file);
+        assert_eq!(map, full);
+    }
+}
+
 /// A free block of one page.
 fn single_free_page(memory: &Memory<'_>, frames: &Frames, map: &ColorMap) -> u64 {
     free_pages(map).into_iter().find(|&page| frames.block(memory, page) == Some(0)).unwrap()
