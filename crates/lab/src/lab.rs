@@ -69,9 +69,12 @@ impl Lab {
     fn create(options: &LabOptions) -> Result<Self> {
         let name = &options.name;
         let record = LabRecord::new(options)?;
-        fs::create_dir_all(ROOT).with_context(|| format!("Can't make {ROOT}"))?;
+        let make = || fs::create_dir_all(ROOT).and_then(|()| fs::create_dir(lab_dir(name)));
+        // The last lab that goes takes the directory of all labs along, maybe at this very moment.
+        let again = |made: &io::Result<()>| made.as_ref().is_err_and(|err| err.kind() == io::ErrorKind::NotFound);
+        let made = std::iter::repeat_with(make).take(100).find(|made| !again(made)).unwrap_or_else(make);
         // Whoever makes the directory has the name.
-        match fs::create_dir(lab_dir(name)) {
+        match made {
             Ok(()) => {}
             Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {
                 bail!("The lab '{name}' is up already: `ramet lab down --name {name}` takes it down")
