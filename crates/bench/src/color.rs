@@ -9,7 +9,8 @@ use ramet_color::{Base, ColorMap, CpuRoot, GuestMemory, color};
 use ramet_image::{BuildOptions, ImageStore};
 use ramet_memory::{ByteSize, LayerId, PAGE_SIZE, PageIndex, PageSet, page_checksum};
 use ramet_truth::{
-    guest::{CPU, Guest, GuestOptions, Observed, RamFile},
+    guest::{CPU, Fill, Guest, GuestOptions, Observed, RamFile},
+    numbers::Numbers,
     observer::{Class, Comparison},
 };
 use serde::{Deserialize, Serialize};
@@ -122,7 +123,7 @@ fn full(place: &Place, suite: Option<&str>, name: &str, report: &mut Report) -> 
     let good = all_right(name, &seen);
     truth_goals(name, &seen, report);
     eprintln!("color: {name}: its free pages overwritten");
-    let pages = overwrite(&guest, &seen.map, Fill::Garbage)?;
+    let pages = guest.overwrite_free(&seen.map, Fill::Garbage)?;
     measure(report, format!("{name}: free pages overwritten with garbage"), "pages", pages as f64);
     let passed = check_self(&mut guest);
     report.goals.push(passed_goal(format!("{name}: goes on over garbage and is right"), passed, pages));
@@ -132,14 +133,14 @@ fn full(place: &Place, suite: Option<&str>, name: &str, report: &mut Report) -> 
     eprintln!("color: {name}: init_on_free=1");
     let mut guest = place.boot(suite, 512, 100, |options| options.cmdline = "init_on_free=1 init_on_alloc=0".into())?;
     let seen = guest.observe()?;
-    let pages = overwrite(&guest, &seen.map, Fill::Zeros)?;
+    let pages = guest.overwrite_free(&seen.map, Fill::Zeros)?;
     measure(report, format!("{name}: free pages overwritten with zeros, init_on_free=1"), "pages", pages as f64);
     let passed = check_self(&mut guest);
     report.goals.push(passed_goal(format!("{name}: init_on_free=1 goes on over zeros and is right"), passed, pages));
 
     // Debian's kernels are built without page poisoning: what it does is done from outside.
     let seen = guest.observe()?;
-    overwrite(&guest, &seen.map, Fill::Poison)?;
+    guest.overwrite_free(&seen.map, Fill::Poison)?;
     let roots = guest.roots()?;
     let map = color(guest.memory(), &roots, None)?;
     let pages = (0..map.pages().0).filter(|&page| map.may_be_zero(PageIndex(page))).count();
@@ -167,12 +168,12 @@ fn measure(report: &mut Report, name: String, unit: &'static str, value: f64) {
 fn disk() -> Result<File> {
     let dir = tempfile::Builder::new().prefix("ramet-bench-color-").tempdir()?;
     let (tree, image) = (dir.path().join("tree"), dir.path().join("disk"));
-    let (mut state, mut bytes) = (0x2545_f491_4f6c_dd1d, vec![0; 64 << 10]);
+    let (mut numbers, mut bytes) = (Numbers::new(0x2545_f491_4f6c_dd1d), vec![0; 64 << 10]);
     for number in 0..FILES {
         let dir = tree.join(format!("d{}", number % 40));
         fs::create_dir_all(&dir)?;
-        let len = random(&mut state) as usize % bytes.len() / (1 + number as usize % 3);
-        fill(&mut bytes[..len], &mut state);
+        let len = numbers.draw() as usize % bytes.len() / (1 + number as usize % 3);
+        numbers.fill(&mut bytes[..len]);
         fs::write(dir.join(format!("f{number}")), &bytes[..len])?;
     }
     let made = Command::new("mkfs.ext4")
@@ -257,19 +258,6 @@ impl Place {
             eprintln!("color: a guest failed by itself, and is started again: {err:#}");
             work()
         })
-    }
-}
-
-fn random(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
-}
-
-fn fill(bytes: &mut [u8], state: &mut u64) {
-    for word in bytes.chunks_mut(8) {
-        word.copy_from_slice(&random(state).to_le_bytes()[..word.len()]);
     }
 }
 
@@ -358,28 +346,6 @@ fn truth_goals(name: &str, seen: &Observed, report: &mut Report) {
         };
         report.goals.push(Goal::at_most(format!("{name}: {field}: |map / guest - 1|"), off, 0.01));
     }
-}
-
-/// What free pages are filled with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fill {
-    Garbage,
-    Zeros,
-    Poison,
-}
-
-/// Writes over every page that a clone may be given zeros for; returns how many there are.
-fn overwrite(guest: &Guest, map: &ColorMap, with: Fill) -> Result<u64> {
-    let (mut count, mut state) = (0, 0x9e37_79b9_7f4a_7c15);
-    let mut bytes = [if with == Fill::Poison { 0xaa } else { 0 }; PAGE_SIZE];
-    for page in (0..map.pages().0).map(PageIndex).filter(|&page| map.may_be_zero(page)) {
-        if with == Fill::Garbage {
-            fill(&mut bytes, &mut state);
-        }
-        guest.overwrite(page, &bytes)?;
-        count += 1;
-    }
-    Ok(count)
 }
 
 /// Lets a guest go on, and fails unless everything in it is right: what it had in memory, and what it does anew.

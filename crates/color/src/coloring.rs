@@ -3,7 +3,7 @@
 use crate::{
     ColorMap, FileFacts, FileId, KernelFacts, Method,
     files::{Earlier, Files},
-    frames::{FrameTable, Pass},
+    frames::{FrameTable, Pass, most_common_type},
     kernel::{self, Kernel, Knowledge, Layout, Search},
     kernel_pages::color_kernel,
     lru,
@@ -15,7 +15,6 @@ use crate::{
     vmcoreinfo::Vmcoreinfo,
 };
 use ramet_memory::{PAGE_SIZE, PageIndex, PageSet};
-use std::collections::HashMap;
 
 /// Files that may have another number of pages than was counted before no page is called free: one in so many, or a few
 /// that were being changed when the guest stopped.
@@ -153,7 +152,7 @@ fn with_frames(
             _ => has_pattern(physical, &map)?,
         };
     } else {
-        map.colors.iter_mut().filter(|color| **color == Color::Free).for_each(|color| *color = Color::Unknown);
+        map.call_nothing_free();
         let why = format!("no page is called free: {}", doubts.join("; "));
         map.trouble = if map.trouble.is_empty() { why } else { format!("{}; {why}", map.trouble) };
     }
@@ -232,14 +231,9 @@ fn processes(
 /// Colors page tables that are in no tree: the kernel lays one by for each large page of a process. They have the type of those
 /// that are in one.
 fn tables_by_type(typed: &[(u32, u32)], map: &mut ColorMap) {
-    let mut counts: HashMap<u32, u32> = HashMap::new();
-    for &(page, kind) in typed {
-        if matches!(map.places[page as usize].get(), Some(Place::PageTable(_))) {
-            *counts.entry(kind).or_default() += 1;
-        }
-    }
-    let most = counts.into_iter().max_by_key(|&(kind, count)| (count, kind)).filter(|&(_, count)| count >= 4);
-    let Some((most, _)) = most else { return };
+    let in_tree = |page: u32| matches!(map.places[page as usize].get(), Some(Place::PageTable(_)));
+    let kinds = typed.iter().filter(|&&(page, _)| in_tree(page)).map(|&(_, kind)| kind);
+    let Some(most) = most_common_type(kinds) else { return };
     for &(page, kind) in typed {
         let color = &mut map.colors[page as usize];
         if kind == most && *color == Color::KernelOther {

@@ -451,15 +451,22 @@ fn type_of_tables(
     table: FrameTable,
     layout: &Layout,
 ) -> Result<Option<TypeMatch>, ColorError> {
-    let mut counts: HashMap<u32, u32> = HashMap::new();
+    let mut kinds = Vec::new();
     for page in space.tables.iter().take(4096) {
         if let Some(bytes) = table.frame(space, page)? {
             let kind = Frame::new(&bytes, layout).kind();
             if is_type(kind) && !layout.buddy.is(kind) {
-                *counts.entry(kind).or_default() += 1;
+                kinds.push(kind);
             }
         }
     }
-    let most = counts.into_iter().max_by_key(|&(kind, count)| (count, kind)).filter(|&(_, count)| count >= 4);
-    Ok(most.map(|(kind, _)| TypeMatch::new(kind, layout.buddy_value)))
+    Ok(most_common_type(kinds.into_iter()).map(|kind| TypeMatch::new(kind, layout.buddy_value)))
+}
+
+/// The type that most of some frames have; none when there are too few to tell.
+pub(crate) fn most_common_type(kinds: impl Iterator<Item = u32>) -> Option<u32> {
+    let mut counts: HashMap<u32, u32> = HashMap::new();
+    kinds.for_each(|kind| *counts.entry(kind).or_default() += 1);
+    let most = counts.into_iter().max_by_key(|&(kind, count)| (count, kind));
+    most.filter(|&(_, count)| count >= 4).map(|(kind, _)| kind)
 }

@@ -442,10 +442,15 @@ impl ColorMap {
     /// were, but none is called free.
     #[must_use]
     pub fn outdated(mut self, why: &str) -> Self {
-        self.colors.iter_mut().filter(|color| **color == Color::Free).for_each(|color| *color = Color::Unknown);
+        self.call_nothing_free();
         let when = "these are the colors of the checkpoint below";
         self.trouble = [why, when, &self.trouble].into_iter().filter(|t| !t.is_empty()).collect::<Vec<_>>().join("; ");
         self
+    }
+
+    /// There is a doubt about free pages: none is called that any more.
+    pub(crate) fn call_nothing_free(&mut self) {
+        self.colors.iter_mut().filter(|color| **color == Color::Free).for_each(|color| *color = Color::Unknown);
     }
 
     /// A page turns out to be a page table of a level. True when it was called free, which can't be: then nothing is known of it.

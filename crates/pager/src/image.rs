@@ -1,6 +1,6 @@
 //! An image on this host: its layers, opened, and its flat index.
 
-use crate::layer::Layer;
+use crate::layer::{Layer, Located};
 use crate::source::Source;
 use ramet_memory::{ByteSize, ImageId, ImageIndex, ImageSpec, LayerSpec, PageIndex, Segment};
 use std::sync::{Arc, OnceLock};
@@ -32,6 +32,12 @@ impl Image {
     #[must_use]
     pub fn owner(&self, page: PageIndex) -> Option<&Arc<Layer>> {
         self.index.get_or_init(|| self.spec().index()).owner(page).map(|o| &self.layers[o])
+    }
+
+    /// Where the bytes of `page` are.
+    #[must_use]
+    pub fn locate(&self, page: PageIndex) -> Located {
+        self.owner(page).map_or(Located::Zero, |owner| owner.locate(page))
     }
 
     /// How a VM maps the image; see [`ImageSpec::view`].

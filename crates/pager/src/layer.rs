@@ -431,7 +431,7 @@ impl Layer {
     /// # Errors
     /// When the page file can't be read.
     pub fn read(&self, first: PageIndex, bytes: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(bytes, first.offset())
+        self.read_bytes(first.offset(), bytes)
     }
 
     /// Reads bytes of stored pages, from a byte of memory on. Their checksums are not looked at.

@@ -2,6 +2,7 @@
 //! takes commands, and it can be stopped, looked at, overwritten and let go on. No part of Ramet's daemon is involved.
 
 use crate::{
+    numbers::Numbers,
     observer::{Comparison, Truth},
     qmp::Qmp,
 };
@@ -78,6 +79,17 @@ impl GuestOptions {
 pub const CPU: &str = "max,cx16=off";
 /// How often a guest is asked until it is at rest.
 const TRIES: u32 = 4;
+
+/// What free pages are overwritten with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// Bytes without an order.
+    Garbage,
+    /// Zeros.
+    Zeros,
+    /// What a kernel with `page_poison=1` puts there.
+    Poison,
+}
 
 /// A stopped guest, as it was colored and as its own kernel has it.
 #[derive(Debug)]
@@ -326,6 +338,23 @@ impl Guest {
     #[must_use]
     pub fn memory(&self) -> &RamFile {
         &self.ram
+    }
+
+    /// Writes over every page of a stopped guest that a clone may be given zeros for; returns how many there are.
+    ///
+    /// # Errors
+    /// As [`Guest::overwrite`].
+    pub fn overwrite_free(&self, map: &ColorMap, with: Fill) -> Result<u64> {
+        let (mut count, mut numbers) = (0, Numbers::new(0x9e37_79b9_7f4a_7c15));
+        let mut bytes = [if with == Fill::Poison { 0xaa } else { 0 }; PAGE_SIZE];
+        for page in (0..map.pages().0).map(PageIndex).filter(|&page| map.may_be_zero(page)) {
+            if with == Fill::Garbage {
+                numbers.fill(&mut bytes);
+            }
+            self.overwrite(page, &bytes)?;
+            count += 1;
+        }
+        Ok(count)
     }
 
     /// Writes over a page of a stopped guest.

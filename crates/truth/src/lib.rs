@@ -10,6 +10,7 @@
 
 #[cfg(feature = "observer")]
 pub mod guest;
+pub mod numbers;
 #[cfg(feature = "observer")]
 pub mod observer;
 pub mod page;

@@ -3,19 +3,16 @@
 use crate::page::{HEADER, Mapped, PAGE, PASSING, PAYLOAD, Section, magic};
 use anyhow::{Context as _, Result, ensure};
 use ramet_color::{Color, ColorMap, GuestMemory, PageFlags};
-use ramet_memory::{Gpa, PageIndex};
+use ramet_memory::PageIndex;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// Bits of `/proc/kpageflags` (`include/uapi/linux/kernel-page-flags.h`).
 mod bit {
     pub(super) const LRU: u64 = 1 << 5;
-    pub(super) const ACTIVE: u64 = 1 << 6;
     pub(super) const SLAB: u64 = 1 << 7;
     pub(super) const BUDDY: u64 = 1 << 10;
-    pub(super) const MMAP: u64 = 1 << 11;
     pub(super) const ANON: u64 = 1 << 12;
     pub(super) const SWAP_BACKED: u64 = 1 << 14;
-    pub(super) const TAIL: u64 = 1 << 16;
     pub(super) const NO_PAGE: u64 = 1 << 20;
     pub(super) const OFFLINE: u64 = 1 << 23;
     pub(super) const ZERO: u64 = 1 << 24;
@@ -305,19 +302,6 @@ impl Truth {
         ] {
             result.totals.insert(name, (ours, theirs));
         }
-    }
-
-    /// Pages that the guest's kernel says are on an active list.
-    #[must_use]
-    pub fn is_active(&self, gpa: Gpa) -> Option<bool> {
-        self.flags.get(usize::try_from(gpa.0 / PAGE as u64).ok()?).map(|flags| flags & bit::ACTIVE != 0)
-    }
-
-    /// Whether a page is a tail of a larger one, or mapped, as the kernel says.
-    #[must_use]
-    pub fn is_tail_or_mapped(&self, gpa: Gpa) -> bool {
-        let at = usize::try_from(gpa.0 / PAGE as u64).unwrap_or(usize::MAX);
-        self.flags.get(at).is_some_and(|flags| flags & (bit::TAIL | bit::MMAP) != 0)
     }
 }
 

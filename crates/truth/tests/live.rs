@@ -5,9 +5,9 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use ramet_color::{ColorMap, GuestMemory as _};
-use ramet_memory::{ByteSize, PAGE_SIZE, PageIndex};
+use ramet_memory::{ByteSize, PageIndex};
 use ramet_truth::{
-    guest::{CPU, Guest, GuestOptions, Observed},
+    guest::{CPU, Fill, Guest, GuestOptions, Observed},
     observer::Class,
 };
 use std::{path::PathBuf, time::Duration};
@@ -56,25 +56,6 @@ fn check_truth(guest: &mut Guest) -> ColorMap {
     map
 }
 
-/// Writes over all free pages; zeros or anything but.
-fn overwrite(guest: &Guest, map: &ColorMap, zeros: bool) -> u64 {
-    let (mut count, mut state) = (0, 0x2545_f491_4f6c_dd1d_u64);
-    for page in (0..map.pages().0).map(PageIndex).filter(|&page| map.may_be_zero(page)) {
-        let mut bytes = [0; PAGE_SIZE];
-        if !zeros {
-            for word in bytes.as_chunks_mut::<8>().0 {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                *word = state.to_le_bytes();
-            }
-        }
-        guest.overwrite(page, &bytes).unwrap();
-        count += 1;
-    }
-    count
-}
-
 /// Lets the guest go on, and looks whether everything in it is right.
 fn check_self(guest: &mut Guest) {
     guest.cont().unwrap();
@@ -95,30 +76,30 @@ fn check_self(guest: &mut Guest) {
     assert!(said.ends_with("all right"), "{said}");
 }
 
-fn garbage(name: &str, options: impl FnOnce(&mut GuestOptions), zeros: bool) {
+fn garbage(name: &str, options: impl FnOnce(&mut GuestOptions), with: Fill) {
     let mut chosen = GuestOptions::new(image(name), ByteSize::mib(256));
     options(&mut chosen);
     let mut guest = Guest::start(&chosen).unwrap();
     load(&mut guest);
     let map = check_truth(&mut guest);
-    let count = overwrite(&guest, &map, zeros);
+    let count = guest.overwrite_free(&map, with).unwrap();
     assert!(count > 10_000, "only {count} pages are free");
     check_self(&mut guest);
 }
 
 #[test]
 fn the_distributions_kernel_is_understood_and_does_without_what_was_in_its_free_pages() {
-    garbage("truth", |_| {}, false);
+    garbage("truth", |_| {}, Fill::Garbage);
 }
 
 #[test]
 fn a_newer_kernel_is_understood_and_does_without_what_was_in_its_free_pages() {
-    garbage("truth-trixie", |options| options.cpus = 2, false);
+    garbage("truth-trixie", |options| options.cpus = 2, Fill::Garbage);
 }
 
 #[test]
 fn a_kernel_that_clears_what_it_frees_finds_zeros_where_zeros_were_put() {
-    garbage("truth-trixie", |options| options.cmdline = "init_on_free=1 init_on_alloc=0".into(), true);
+    garbage("truth-trixie", |options| options.cmdline = "init_on_free=1 init_on_alloc=0".into(), Fill::Zeros);
 }
 
 /// Memory on both sides of the hole below 4 GiB, with four-level page tables and a user's half of its own.

@@ -4,6 +4,7 @@ use super::{
     MAX_TABLE, MapError,
     bytes::{Reader, clip, put_delta, put_text, put_varint, text},
 };
+use crate::files::MAX_PATH;
 use crate::kernel::Knowledge;
 use crate::map::{ColorMap, FileFacts, KernelFacts, MAX_PROCESSES, Method, ProcessFacts, SuperblockFacts};
 
@@ -13,7 +14,6 @@ const MAX_BUILD: usize = 127;
 const MAX_ID: usize = 31;
 const MAX_COMMAND: usize = 15;
 const MAX_CACHE: usize = 63;
-const MAX_PATH: usize = 255;
 /// Of what was learnt about the kernel, as JSON: about sixty numbers by name.
 const MAX_KNOWLEDGE: usize = 8000;
 

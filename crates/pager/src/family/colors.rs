@@ -3,7 +3,7 @@
 //! It is done when the image's pages have been copied out of its parent, by a thread that gives way to all others. Guest memory is
 //! hostile: [`ramet_color`] bounds what it costs.
 
-use super::{Family, LOOK, Result, internal};
+use super::{Family, LOOK, Result, internal, records::save};
 use crate::{
     control::{ChangedReply, ColorBase, ColorReply, ControlError},
     image::Image,
@@ -51,15 +51,12 @@ impl Family {
         let ended = thread.map_err(internal("start a thread"))?.join();
         let (map, encoded, incremental, took) =
             ended.map_err(|_| ControlError::new("internal", "the coloring thread ended by a fault of its own"))??;
-        let temp = path.with_extension("new");
-        fs::write(&temp, &encoded).map_err(internal(format_args!("write {}", temp.display())))?;
         // An image that was dropped meanwhile must leave nothing behind.
         let inner = self.lock();
         if !inner.images.contains_key(&id) {
-            let _ = fs::remove_file(&temp);
             return Err(super::no_image(id));
         }
-        fs::rename(&temp, path).map_err(internal(format_args!("write {}", path.display())))?;
+        save(path, &encoded).map_err(internal(format_args!("write {}", path.display())))?;
         drop(inner);
         Ok(ColorReply {
             bytes: encoded.len() as u64,
@@ -143,8 +140,7 @@ fn changed_since(earlier: &Image, later: &Image) -> Option<PageSet> {
 }
 
 fn differs(new: &Image, old: &Image, page: PageIndex) -> io::Result<bool> {
-    let at = |image: &Image| image.owner(page).map_or(Located::Zero, |owner| owner.locate(page));
-    let (new, old) = (at(new), at(old));
+    let (new, old) = (new.locate(page), old.locate(page));
     let layer = |located: &Located| match located {
         Located::Zero => None,
         Located::Stored(layer) | Located::Owed(layer) | Located::Remote(layer) => Some(layer.id),
@@ -182,23 +178,19 @@ fn is_elsewhere(err: &ramet_color::ColorError) -> bool {
 }
 
 impl ImageMemory<'_> {
-    fn locate(&self, page: PageIndex) -> Located {
-        self.image.owner(page).map_or(Located::Zero, |owner| owner.locate(page))
-    }
-
     /// Asks for the pages of a run that are on other hosts, all at once; who needs one of them waits for it afterwards.
     fn ask_for(&self, run: PageRun) {
         let mut page = run.start.0;
         while page < run.end().0 {
             let start = page;
             page += 1;
-            let Located::Remote(owner) = self.locate(PageIndex(start)) else { continue };
+            let Located::Remote(owner) = self.image.locate(PageIndex(start)) else { continue };
             let Ok(source) = owner.required_source() else { return };
             if !owner.change(PageIndex(start), PageState::Absent, PageState::InFlight) {
                 continue;
             }
             while page < run.end().0
-                && matches!(self.locate(PageIndex(page)), Located::Remote(next) if next.id == owner.id)
+                && matches!(self.image.locate(PageIndex(page)), Located::Remote(next) if next.id == owner.id)
                 && owner.change(PageIndex(page), PageState::Absent, PageState::InFlight)
             {
                 page += 1;
@@ -233,7 +225,7 @@ impl GuestMemory for ImageMemory<'_> {
             let len = (PAGE_SIZE - within).min(bytes.len());
             let left = (within + bytes.len()).div_ceil(PAGE_SIZE) as u64;
             let (now, rest) = bytes.split_at_mut(len);
-            let mut located = self.locate(page);
+            let mut located = self.image.locate(page);
             if matches!(located, Located::Remote(_)) {
                 if !std::mem::replace(&mut asked, true) {
                     self.ask_for(PageRun { start: page, len: left });

@@ -6,6 +6,7 @@
 //! - `ramet-truth check MEBIBYTES`: allocates so much at once, and fails unless it is all zeros and takes what is written to it.
 #![forbid(unsafe_code)]
 
+use ramet_truth::numbers::Numbers;
 use ramet_truth::page::{HEADER, Mapped, PAGE, PASSING, PAYLOAD, Section, magic};
 use std::{
     fs::{self, File},
@@ -31,34 +32,22 @@ fn main() -> io::Result<()> {
     }
 }
 
-/// Numbers without an order to them.
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-}
-
 fn fill(block: &mut [u64], seed: u64) {
-    let mut numbers = Numbers(seed | 1);
-    block.fill_with(|| numbers.next());
+    let mut numbers = Numbers::new(seed | 1);
+    block.fill_with(|| numbers.draw());
 }
 
 fn is_filled(block: &[u64], seed: u64) -> bool {
-    let mut numbers = Numbers(seed | 1);
-    block.iter().all(|&word| word == numbers.next())
+    let mut numbers = Numbers::new(seed | 1);
+    block.iter().all(|&word| word == numbers.draw())
 }
 
 fn hold(size: usize, file: &str) -> io::Result<()> {
-    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    let mut numbers = Numbers::new(0x9e37_79b9_7f4a_7c15);
     let (mut blocks, mut held) = (Vec::new(), 0);
     while held < size {
         // 64 bytes to 128 KiB: some of the heap's, some mapped each by itself.
-        let words = 8 << (numbers.next() % 12);
+        let words = 8 << (numbers.draw() % 12);
         let mut block = vec![0u64; words];
         fill(&mut block, blocks.len() as u64);
         held += words * 8;
@@ -66,7 +55,7 @@ fn hold(size: usize, file: &str) -> io::Result<()> {
     }
     // In another order than they were made.
     for _ in 0..blocks.len() / 3 {
-        let at = (numbers.next() % blocks.len() as u64) as usize;
+        let at = (numbers.draw() % blocks.len() as u64) as usize;
         blocks[at] = None;
     }
     fs::write(file, "held\n")?;
