@@ -101,7 +101,7 @@ pub struct Saved {
 /// # Errors
 /// When QEMU fails; the VM may stand still or run.
 pub async fn save_state(process: &Arc<dyn VmProcess>) -> ApiResult<Saved> {
-    let saved = process.save_state().await.map_err(|e| failed("The devices could not be saved", e))?;
+    let saved = process.save_state(None).await.map_err(|e| failed("The devices could not be saved", e))?;
     Ok(Saved { bytes: saved.bytes, stopped: saved.stopped_at })
 }
 

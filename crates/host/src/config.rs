@@ -29,6 +29,10 @@ pub struct Config {
     pub listen: Option<SocketAddr>,
     /// Guest images.
     pub image_dir: PathBuf,
+    /// Overlays of VMs' disks.
+    pub disk_dir: PathBuf,
+    /// Addresses of families' members: the same in every family.
+    pub guest_network: ramet_net::Subnet,
     /// Limits in force.
     pub limits: Limits,
     /// QEMU's binary.
@@ -69,6 +73,8 @@ impl Config {
             group: None,
             listen: None,
             image_dir: "/var/lib/ramet/images".into(),
+            disk_dir: "/var/lib/ramet/disks".into(),
+            guest_network: ramet_net::AddressPlan::default().network(),
             limits: Limits::default(),
             qemu: "qemu-system-x86_64".into(),
             qemu_user: None,
@@ -108,6 +114,11 @@ impl Config {
     pub fn tls(&self) -> PathBuf {
         self.state_dir.join("tls")
     }
+    /// Servers of frozen disks, one directory a family.
+    #[must_use]
+    pub fn disk_servers(&self) -> PathBuf {
+        self.state_dir.join("disk")
+    }
     /// Logs of pagers.
     #[must_use]
     pub fn logs(&self) -> PathBuf {
@@ -120,7 +131,7 @@ impl Config {
     /// Names the option and the remedy.
     pub fn validate(mut self) -> anyhow::Result<Self> {
         crate::names::check_host_name(&self.name).context("--name")?;
-        for path in [&mut self.state_dir, &mut self.socket, &mut self.image_dir, &mut self.bin_dir] {
+        for path in [&mut self.state_dir, &mut self.socket, &mut self.image_dir, &mut self.bin_dir, &mut self.disk_dir] {
             *path = std::path::absolute(&*path)?;
         }
         let len = self.state_dir.as_os_str().len();
@@ -131,7 +142,7 @@ impl Config {
                 self.state_dir.display()
             );
         }
-        for file in ["ramet-pager", "libramet_shim.so"] {
+        for file in ["ramet-pager", "ramet-disk", "libramet_shim.so"] {
             let path = self.bin_dir.join(file);
             if !path.exists() {
                 bail!(

@@ -13,7 +13,9 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use ramet_client::api::VmState;
-use ramet_memory::{FamilyId, ImageId, LayerId, VmId};
+use ramet_disk::DiskId;
+use ramet_memory::{ByteSize, FamilyId, ImageId, LayerId, VmId};
+use ramet_net::{Egress, Member, Proto};
 use ramet_vmm::MachineSpec;
 use serde::{Deserialize, Serialize};
 
@@ -81,6 +83,100 @@ pub struct VmRecord {
     /// Its agent has answered.
     #[serde(default)]
     pub agent: bool,
+    /// Its disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<VmDisk>,
+    /// Its place in the family's network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nic: Option<VmNic>,
+    /// Ports of this host that lead to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub published: Vec<Publish>,
+}
+
+/// What lies below a disk that is written to: frozen, and the same for all who have it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenDisk {
+    /// Its size as guests see it.
+    pub size: ByteSize,
+    /// The golden image at the bottom.
+    pub golden: Golden,
+    /// A frozen disk of another host in the place of the golden image: this host reads it through its `ramet-disk`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+    /// Overlays on this host, oldest first.
+    #[serde(default)]
+    pub layers: Vec<DiskId>,
+    /// Images whose disks are data volumes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<Golden>,
+}
+
+/// An image's disk, known by its contents.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Golden {
+    /// The image's name where it was first used.
+    pub image: String,
+    /// The hash of the disk.
+    pub hash: String,
+}
+
+/// A frozen disk of another host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Its name.
+    pub disk: DiskId,
+    /// Where this host's `ramet-disk` serves it.
+    pub socket: PathBuf,
+}
+
+/// A VM's disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmDisk {
+    /// What lies below.
+    pub frozen: FrozenDisk,
+    /// The overlay that it writes to.
+    pub active: DiskId,
+}
+
+impl VmDisk {
+    /// The same after its overlay was frozen and `next` took its place.
+    #[must_use]
+    pub fn followed_by(mut self, next: DiskId) -> Self {
+        self.frozen.layers.push(self.active);
+        self.active = next;
+        self
+    }
+
+    /// All overlays that it needs.
+    pub fn overlays(&self) -> impl Iterator<Item = DiskId> {
+        self.frozen.layers.iter().copied().chain([self.active])
+    }
+}
+
+/// A VM's place in its family's network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmNic {
+    /// The host whose range its number is of.
+    pub range: u8,
+    /// Its number in that range.
+    pub index: u16,
+    /// Its address.
+    pub member: Member,
+    /// Its device.
+    #[serde(default)]
+    pub tap: String,
+}
+
+/// A port of the host that leads to a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Publish {
+    /// TCP or UDP.
+    pub proto: Proto,
+    /// The host's port.
+    pub host_port: u16,
+    /// The guest's port.
+    pub port: u16,
 }
 
 impl VmRecord {
@@ -139,6 +235,12 @@ pub struct CheckpointRecord {
     /// Made by a fork that has not succeeded yet: undone at the next start.
     #[serde(default)]
     pub pending: bool,
+    /// Its disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<FrozenDisk>,
+    /// Its applications stand still in it, until a clone has an identity.
+    #[serde(default)]
+    pub frozen: bool,
 }
 
 /// A family: it has a pager.
@@ -146,6 +248,27 @@ pub struct CheckpointRecord {
 pub struct FamilyRecord {
     /// Its id.
     pub id: FamilyId,
+    /// Its private network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<FamilyNetwork>,
+}
+
+/// A family's private network, as this host knows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FamilyNetwork {
+    /// The network's number in tunnels, the same on all hosts.
+    pub vni: u32,
+    /// What may leave it.
+    pub egress: Egress,
+    /// Bits a second in and out of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u64>,
+    /// The number given last out of this host's range.
+    #[serde(default)]
+    pub last_index: u16,
+    /// Hosts that have the family, and its members there. This host is not among them.
+    #[serde(default)]
+    pub hosts: BTreeMap<String, Vec<Member>>,
 }
 
 /// All that is remembered.
@@ -317,6 +440,9 @@ pub(crate) mod tests {
             dir: PathBuf::new(),
             attached: false,
             agent: false,
+            disk: None,
+            nic: None,
+            published: Vec::new(),
         }
     }
 
@@ -350,6 +476,8 @@ pub(crate) mod tests {
             pause_us: 0,
             peers: Vec::new(),
             pending: false,
+            disk: None,
+            frozen: false,
         }
     }
 

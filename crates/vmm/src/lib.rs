@@ -7,6 +7,7 @@
 #![warn(missing_docs)]
 
 mod cpus;
+mod devices;
 pub mod doctor;
 mod error;
 mod machine;
@@ -16,8 +17,9 @@ mod qemu;
 pub mod qmp;
 
 pub use cpus::ControlRegisters;
+pub use devices::{Base, DiskChain, MAX_NODE_NAME, Nic};
 pub use error::VmmError;
-pub use machine::{Accel, AgentPort, Boot, DEFAULT_MACHINE, MachineSpec, VmPaths};
+pub use machine::{Accel, AgentPort, Boot, DEFAULT_MACHINE, MOST_CARDS, MachineSpec, VmPaths};
 pub use pool::{Claimed, Pool, PoolConfig};
 pub use process::ExitInfo;
 pub use qemu::{Qemu, VmmConfig};
@@ -35,8 +37,8 @@ use std::{
 /// A kind of virtual machine monitor.
 #[async_trait]
 pub trait Vmm: fmt::Debug + Send + Sync {
-    /// Starts a VM whose files live in `dir`, which is made. With [`Boot::Kernel`] its CPUs run when this returns; with
-    /// [`Boot::Incoming`] it waits for [`VmProcess::load_state`].
+    /// Starts a VM whose files live in `dir`, which is made. Its CPUs are stopped: first everything that its machine has is
+    /// attached, then [`VmProcess::cont`] boots the kernel, or [`VmProcess::load_state`] gives it another VM's state.
     ///
     /// # Errors
     /// [`VmmError`]; nothing is left behind but `dir` with the log.
@@ -77,12 +79,51 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     fn shim_socket(&self) -> &Path {
         &self.paths().shim
     }
-    /// Saves the devices' state, without memory. The guest runs until its devices are saved, and is stopped when this
-    /// returns: call [`VmProcess::cont`].
+    /// Gives a VM that has not run yet its root disk.
     ///
     /// # Errors
-    /// [`VmmError`]; the guest runs on.
-    async fn save_state(&self) -> Result<SavedState, VmmError>;
+    /// [`VmmError`]; the VM is good for nothing then.
+    async fn attach_disk(&self, disk: &DiskChain) -> Result<(), VmmError>;
+    /// Gives a VM that has not run yet a data volume, a raw file that is only read.
+    ///
+    /// # Errors
+    /// [`VmmError`]; the VM is good for nothing then.
+    async fn attach_volume(&self, index: u8, file: &Path) -> Result<(), VmmError>;
+    /// Gives a VM that has not run yet a network card.
+    ///
+    /// # Errors
+    /// [`VmmError`]; the VM is good for nothing then.
+    async fn attach_nic(&self, nic: Nic) -> Result<(), VmmError>;
+    /// Plugs a network card's cable in or pulls it out: without, no frame leaves the VM or comes to it.
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    async fn set_link(&self, index: u8, up: bool) -> Result<(), VmmError>;
+    /// The name of the disk's node that the guest writes to: [`DiskChain::node`], or that of a later layer.
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    async fn disk_node(&self) -> Result<String, VmmError>;
+    /// Copies everything between the active overlay and the base, or the whole chain where there is no base, into the
+    /// active overlay while the guest runs, and closes what is not needed any more. Returns when that is done.
+    ///
+    /// # Errors
+    /// [`VmmError`]; what was copied until then does no harm.
+    async fn flatten_disk(&self) -> Result<(), VmmError>;
+    /// Ends a [`VmProcess::flatten_disk`] under way; it then fails. Nothing happens when there is none.
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    async fn stop_flattening(&self) -> Result<(), VmmError>;
+    /// Waits until the guest stands still because its disk failed, and returns why. [`VmProcess::cont`] tries again.
+    async fn disk_failure(&self) -> String;
+    /// Saves the devices' state, without memory. The guest runs until its devices are saved, and is stopped when this
+    /// returns: call [`VmProcess::cont`]. `next`: a new overlay for a machine with a disk; at the same instant the one in
+    /// use is frozen, and the guest writes to this one from then on.
+    ///
+    /// # Errors
+    /// [`VmmError`]; the guest runs on. [`VmProcess::disk_node`] tells whether it writes to the new overlay.
+    async fn save_state(&self, next: Option<&Path>) -> Result<SavedState, VmmError>;
     /// Has the CPUs of a VM that waits for a state start by themselves once it is loaded. Asked for beforehand, that costs
     /// no time between the two.
     ///

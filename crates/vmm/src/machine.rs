@@ -43,6 +43,23 @@ pub struct MachineSpec {
     pub agent: AgentPort,
     /// QEMU's CPU model; by default `max` under TCG and `host` under KVM.
     pub cpu: Option<String>,
+    /// The root disk's size as the guest sees it; none: no disk. See [`VmProcess::attach_disk`](crate::VmProcess::attach_disk).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<ByteSize>,
+    /// Data volumes, which the guest can only read. See [`VmProcess::attach_volume`](crate::VmProcess::attach_volume).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub volumes: u8,
+    /// Network cards. See [`VmProcess::attach_nic`](crate::VmProcess::attach_nic).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub nics: u8,
+}
+
+/// Most data volumes and most network cards of a machine: each has an address of its own on the bus.
+pub const MOST_CARDS: u8 = 8;
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_zero(number: &u8) -> bool {
+    *number == 0
 }
 
 /// The machine type that VMs get unless told otherwise: NICs can be attached late, and QEMU 7.2 and newer have it.
@@ -53,7 +70,8 @@ impl MachineSpec {
     #[must_use]
     pub fn new(memory: ByteSize, cpus: u8, accel: Accel) -> Self {
         let machine = DEFAULT_MACHINE.to_owned();
-        Self { machine, memory, cpus, accel, agent: AgentPort::VirtioSerial, cpu: None }
+        let agent = AgentPort::VirtioSerial;
+        Self { machine, memory, cpus, accel, agent, cpu: None, disk: None, volumes: 0, nics: 0 }
     }
 
     /// Whether QEMU can be asked for such a machine.
@@ -77,9 +95,36 @@ impl MachineSpec {
         if memory < 16 << 20 || !memory.is_multiple_of(1 << 20) {
             return Err(VmmError::Spec(format!("{} of memory: whole mebibytes are needed, at least 16M", self.memory)));
         }
+        for (what, number) in [("data volumes", self.volumes), ("network cards", self.nics)] {
+            if number > MOST_CARDS {
+                return Err(VmmError::Spec(format!("{number} {what}: at most {MOST_CARDS} are possible")));
+            }
+        }
+        if self.disk.is_some_and(|size| size.bytes() == 0 || !size.bytes().is_multiple_of(4096)) {
+            return Err(VmmError::Spec("a disk has whole pages of 4 KiB, at least one".to_owned()));
+        }
         Ok(())
     }
+
+    /// Whether anything is attached to it after its VMM was started.
+    #[must_use]
+    pub fn has_attachments(&self) -> bool {
+        self.disk.is_some() || self.volumes > 0 || self.nics > 0
+    }
+
+    /// Bus and address of a network card.
+    pub(crate) fn nic_slot(&self, index: u8) -> (String, String) {
+        if self.is_q35() { (format!("port{index}"), "0x0".to_owned()) } else { ("pci.0".to_owned(), format!("{:#x}", NICS + index)) }
+    }
+
+    fn is_q35(&self) -> bool {
+        self.machine.starts_with("pc-q35-")
+    }
 }
+
+/// Addresses on the bus of the first network card and of the first data volume.
+const NICS: u8 = 0x8;
+const VOLUMES: u8 = 0x10;
 
 /// How a VM begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -174,6 +219,25 @@ pub(crate) fn arguments(spec: &MachineSpec, boot: &Boot, paths: &VmPaths, sandbo
             add("-device", "vmgenid,guid=auto".to_owned());
         }
         AgentPort::IsaSerial => add("-device", "isa-serial,chardev=agent,index=1".to_owned()),
+    }
+    if let Some(size) = spec.disk {
+        // A disk of nothing, until the real one is attached. An I/O thread: a request that needs a missing page of the
+        // guest's memory must not hold up the machine protocol.
+        add("-blockdev", format!("driver=null-co,node-name=nothing,size={},read-zeroes=on", size.bytes()));
+        add("-object", "iothread,id=io0".to_owned());
+        let errors = "rerror=stop,werror=stop";
+        add("-device", format!("virtio-blk-pci,id=disk0,drive=nothing,addr=0x4,iothread=io0,{errors}"));
+    }
+    for index in 0..spec.volumes {
+        add("-blockdev", format!("driver=null-co,node-name=novolume{index},size=4096,read-zeroes=on,read-only=on"));
+        let addr = VOLUMES + index;
+        add("-device", format!("virtio-blk-pci,id=volume{index},drive=novolume{index},addr={addr:#x},rerror=stop"));
+    }
+    if spec.is_q35() {
+        for index in 0..spec.nics {
+            let addr = NICS + index;
+            add("-device", format!("pcie-root-port,id=port{index},chassis={},addr={addr:#x}", index + 1));
+        }
     }
     if sandbox {
         add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".to_owned());

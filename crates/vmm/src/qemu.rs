@@ -10,7 +10,7 @@
 //! is writing bytes and waiting for the word that they were understood.
 
 use crate::{
-    Boot, ExitInfo, MachineSpec, Resumed, SavedState, VmPaths, VmProcess, Vmm, VmmError,
+    Base, Boot, DiskChain, ExitInfo, MachineSpec, Nic, Resumed, SavedState, VmPaths, VmProcess, Vmm, VmmError, devices,
     machine::arguments,
     process::{Process, start_time},
     qmp::{Event, Qmp},
@@ -22,7 +22,7 @@ use std::{
     fs::{self, File},
     io::{self, Read},
     os::{
-        fd::{AsFd, AsRawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::{net::UnixStream as StdUnixStream, process::CommandExt},
     },
     path::{Path, PathBuf},
@@ -40,6 +40,9 @@ const START: Duration = Duration::from_secs(30);
 const STATE: Duration = Duration::from_secs(60);
 /// Time limit for a killed process to go.
 const KILL: Duration = Duration::from_secs(10);
+
+/// The name of the job that flattens a disk.
+const FLATTEN: &str = "flatten";
 
 /// Settings of QEMU on a host.
 #[derive(Debug, Clone)]
@@ -258,14 +261,7 @@ fn find(paths: &VmPaths) -> Result<(Process, MachineSpec), VmmError> {
 #[async_trait]
 impl Vmm for Qemu {
     async fn launch(&self, spec: &MachineSpec, boot: Boot, dir: &Path) -> Result<Box<dyn VmProcess>, VmmError> {
-        let started = self.start(spec, &boot, &VmPaths::new(dir)).await?;
-        if boot != Boot::Incoming
-            && let Err(err) = started.cont().await
-        {
-            let _ = started.kill().await;
-            return Err(err);
-        }
-        Ok(Box::new(started))
+        Ok(Box::new(self.start(spec, &boot, &VmPaths::new(dir)).await?))
     }
 
     async fn reattach(&self, dir: &Path, limit: Duration) -> Result<Box<dyn VmProcess>, VmmError> {
@@ -320,37 +316,90 @@ impl QemuProcess {
 
     async fn set_up(&self, boot: &Boot) -> Result<(), VmmError> {
         let on = |name: &str| json!({ "capability": name, "state": true });
-        let capabilities = json!({ "capabilities": [on("x-ignore-shared"), on("events")] });
+        let mut capabilities = vec![on("x-ignore-shared"), on("events")];
+        if self.spec.disk.is_some() {
+            // The disk is frozen between the stop of the CPUs and the saving of the devices.
+            capabilities.push(on("pause-before-switchover"));
+        }
+        let capabilities = json!({ "capabilities": capabilities });
         self.execute("migrate-set-capabilities", capabilities).await?;
         // There is little to send; a limit would only make the pause longer.
         self.execute("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40 })).await?;
-        if *boot == Boot::Incoming {
-            let (ours, theirs) = pair()?;
-            self.pass("incoming", theirs).await?;
-            self.execute("migrate-incoming", json!({ "uri": "fd:incoming" })).await?;
-            *self.incoming.lock().unwrap_or_else(PoisonError::into_inner) = Some(ours);
+        // One that is given a disk and a network card is not ready for a state before that.
+        if *boot == Boot::Incoming && !self.spec.has_attachments() {
+            self.wait_for_state().await?;
         }
         Ok(())
     }
 
-    /// Hands QEMU a descriptor under a name.
-    async fn pass(&self, name: &str, fd: StdUnixStream) -> Result<(), VmmError> {
-        let arguments = json!({ "fdname": name });
-        self.qmp.execute_with("getfd", arguments, fd.as_fd(), COMMAND).await.map_err(|err| self.died_instead(err))?;
+    async fn wait_for_state(&self) -> Result<(), VmmError> {
+        let (ours, theirs) = pair()?;
+        self.pass("incoming", theirs.as_fd()).await?;
+        self.execute("migrate-incoming", json!({ "uri": "fd:incoming" })).await?;
+        *self.incoming.lock().unwrap_or_else(PoisonError::into_inner) = Some(ours);
         Ok(())
     }
 
-    /// Waits for the end of a migration.
+    /// Hands QEMU a descriptor under a name.
+    async fn pass(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), VmmError> {
+        self.with_fd("getfd", json!({ "fdname": name }), fd).await
+    }
+
+    async fn with_fd(&self, command: &str, arguments: Value, fd: BorrowedFd<'_>) -> Result<(), VmmError> {
+        self.qmp.execute_with(command, arguments, fd, COMMAND).await.map_err(|err| self.died_instead(err))?;
+        Ok(())
+    }
+
+    async fn add_node(&self, node: Value) -> Result<(), VmmError> {
+        self.execute("blockdev-add", node).await.map(drop)
+    }
+
+    /// Opens a raw file for reading, as node `name`. QEMU need not be able to come to it.
+    async fn add_raw(&self, name: &str, set: u32, path: &Path) -> Result<(), VmmError> {
+        let opened = File::open(path).map_err(file_error("open", path))?;
+        self.with_fd("add-fd", json!({ "fdset-id": set }), opened.as_fd()).await?;
+        self.add_node(devices::raw(name, set)).await
+    }
+
+    /// Puts a node in the place of the one that a device was started with.
+    async fn put_in(&self, device: &str, node: &str, instead_of: &str) -> Result<(), VmmError> {
+        let path = format!("/machine/peripheral/{device}");
+        self.execute("qom-set", json!({ "path": path, "property": "drive", "value": node })).await?;
+        self.execute("blockdev-del", json!({ "node-name": instead_of })).await.map(drop)
+    }
+
+    /// The nodes below `node`, uppermost first.
+    async fn nodes_below(&self, node: &str) -> Result<Vec<String>, VmmError> {
+        let answer = self.execute("query-named-block-nodes", json!({ "flat": true })).await?;
+        let nodes = answer.as_array().ok_or_else(|| devices::lacks("query-named-block-nodes", "nodes"))?;
+        // Flat answers do not tell what lies below; names do: ours begin with the names of layers.
+        let name = |n: &Value| n.get("node-name").and_then(Value::as_str).map(str::to_owned);
+        let driver = |n: &Value| n.get("drv").and_then(Value::as_str).map(str::to_owned);
+        let layers = nodes.iter().filter(|n| driver(n).as_deref() == Some("qcow2")).filter_map(name);
+        Ok(layers.filter(|n| n != node).collect())
+    }
+
+    /// Waits for the end of a migration. `freeze`: the node to freeze on the way, and the overlay that takes its place.
     async fn migrated(
         &self,
         events: &mut broadcast::Receiver<Event>,
         stopped: &mut Option<SystemTime>,
+        freeze: Option<(&str, &str)>,
     ) -> Result<SystemTime, String> {
         let wait = async {
             loop {
                 match events.recv().await {
                     Ok(event) => match (event.name.as_str(), event.data.get("status").and_then(Value::as_str)) {
                         ("STOP", _) => *stopped = Some(event.at),
+                        ("MIGRATION", Some("pre-switchover")) => {
+                            // The CPUs stand still, and no request is under way.
+                            if let Some((node, overlay)) = freeze {
+                                let arguments = json!({ "node": node, "overlay": overlay });
+                                self.execute("blockdev-snapshot", arguments).await.map_err(|e| e.to_string())?;
+                            }
+                            let arguments = json!({ "state": "pre-switchover" });
+                            self.execute("migrate-continue", arguments).await.map_err(|e| e.to_string())?;
+                        }
                         ("MIGRATION", Some("completed")) => return Ok(event.at),
                         ("MIGRATION", Some(status @ ("failed" | "cancelled"))) => return Err(status.to_owned()),
                         _ => {}
@@ -397,11 +446,161 @@ impl VmProcess for QemuProcess {
         &self.paths
     }
 
-    async fn save_state(&self) -> Result<SavedState, VmmError> {
+    async fn attach_disk(&self, disk: &DiskChain) -> Result<(), VmmError> {
+        let mut below = match &disk.base {
+            Base::Raw(file) => {
+                self.add_raw("golden", 1, file).await?;
+                Some("golden".to_owned())
+            }
+            Base::Nbd(socket, export) => {
+                self.add_node(devices::nbd("origin", socket, export)).await?;
+                Some("origin".to_owned())
+            }
+            Base::None => None,
+        };
+        for layer in &disk.layers {
+            self.add_node(devices::frozen(layer, below.as_deref())).await?;
+            below = Some(DiskChain::node(layer));
+        }
+        self.add_node(devices::active(&disk.active, below.as_deref())).await?;
+        self.put_in("disk0", &DiskChain::node(&disk.active), "nothing").await
+    }
+
+    async fn attach_volume(&self, index: u8, file: &Path) -> Result<(), VmmError> {
+        let name = format!("volume{index}");
+        self.add_raw(&name, 100 + u32::from(index), file).await?;
+        self.put_in(&name, &name, &format!("no{name}")).await
+    }
+
+    async fn attach_nic(&self, nic: Nic) -> Result<(), VmmError> {
+        let Nic { index, mac, tap, link } = nic;
+        let (name, net) = (format!("tap{index}"), format!("net{index}"));
+        self.pass(&name, tap.as_fd()).await?;
+        self.execute("netdev_add", json!({ "type": "tap", "id": net, "fd": name })).await?;
+        if !link {
+            // On the netdev: on the card it would be undone by the state that is loaded.
+            self.set_link(index, false).await?;
+        }
+        let (bus, addr) = self.spec.nic_slot(index);
+        let card = json!({
+            "driver": "virtio-net-pci", "id": format!("nic{index}"), "netdev": net, "mac": mac, "romfile": "",
+            "bus": bus, "addr": addr,
+        });
+        self.execute("device_add", card).await.map(drop)
+    }
+
+    async fn set_link(&self, index: u8, up: bool) -> Result<(), VmmError> {
+        self.execute("set_link", json!({ "name": format!("net{index}"), "up": up })).await.map(drop)
+    }
+
+    async fn disk_node(&self) -> Result<String, VmmError> {
+        let answer = self.execute("query-block", Value::Null).await?;
+        devices::node_of(&answer, "disk0").ok_or_else(|| devices::lacks("query-block", "disk"))
+    }
+
+    async fn flatten_disk(&self) -> Result<(), VmmError> {
+        let node = self.disk_node().await?;
+        let below = self.nodes_below(&node).await?;
+        if below.is_empty() {
+            return Ok(());
+        }
+        let named = self.execute("query-named-block-nodes", json!({ "flat": true })).await?;
+        let has = |name: &str| {
+            let names = named.as_array().into_iter().flatten().filter_map(|n| n.get("node-name")?.as_str());
+            names.into_iter().any(|n| n == name)
+        };
+        let mut events = self.qmp.events();
+        let mut arguments = json!({ "job-id": FLATTEN, "device": node, "auto-dismiss": true });
+        if let Some(base) = ["golden", "origin"].into_iter().find(|base| has(base)) {
+            arguments["base-node"] = base.into();
+        }
+        self.execute("block-stream", arguments).await?;
+        let ended = async {
+            loop {
+                match events.recv().await {
+                    Ok(event) if event.data.get("device").and_then(Value::as_str) != Some(FLATTEN) => {}
+                    Ok(event) if event.name == "BLOCK_JOB_COMPLETED" => {
+                        return match event.data.get("error").and_then(Value::as_str) {
+                            Some(error) => Err(error.to_owned()),
+                            None => Ok(()),
+                        };
+                    }
+                    Ok(event) if event.name == "BLOCK_JOB_CANCELLED" => return Err("it was stopped".to_owned()),
+                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => return Err("the connection is lost".to_owned()),
+                }
+            }
+        };
+        let refused = |message| VmmError::Refused { command: "block-stream".to_owned(), message };
+        ended.await.map_err(refused)?;
+        // Uppermost first: one below another is in use until that is gone.
+        let mut left = below;
+        while !left.is_empty() {
+            let before = left.len();
+            let mut still = Vec::new();
+            for node in left {
+                if self.execute("blockdev-del", json!({ "node-name": node })).await.is_err() {
+                    still.push(node);
+                }
+            }
+            left = still;
+            if left.len() == before {
+                return Err(refused(format!("{left:?} can't be closed")));
+            }
+        }
+        Ok(())
+    }
+
+    async fn stop_flattening(&self) -> Result<(), VmmError> {
+        let mut events = self.qmp.events();
+        match self.execute("block-job-cancel", json!({ "device": FLATTEN })).await {
+            Ok(_) => {}
+            // There is none.
+            Err(VmmError::Refused { .. }) => return Ok(()),
+            Err(err) => return Err(err),
+        }
+        let ended = async {
+            while let Ok(event) = events.recv().await {
+                let ours = event.data.get("device").and_then(Value::as_str) == Some(FLATTEN);
+                if ours && matches!(event.name.as_str(), "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED") {
+                    return;
+                }
+            }
+        };
+        let limit = COMMAND;
+        let command = "block-job-cancel".to_owned();
+        tokio::time::timeout(limit, ended).await.map_err(|_| VmmError::Timeout { command, limit })
+    }
+
+    async fn disk_failure(&self) -> String {
+        let mut events = self.qmp.events();
+        loop {
+            match events.recv().await {
+                Ok(event) => {
+                    if let Some(why) = devices::failure(&event.name, &event.data) {
+                        return why;
+                    }
+                }
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+            }
+        }
+    }
+
+    async fn save_state(&self, next: Option<&Path>) -> Result<SavedState, VmmError> {
         let requested = SystemTime::now();
+        let overlay = next.map(DiskChain::node);
+        let mut node = None;
+        if let Some(next) = next {
+            node = Some(self.disk_node().await?);
+            self.add_node(devices::active(next, None)).await?;
+        }
+        let freeze = node.as_deref().zip(overlay.as_deref());
         let (ours, theirs) = pair()?;
         let mut events = self.qmp.events();
-        self.pass("outgoing", theirs).await?;
+        self.pass("outgoing", theirs.as_fd()).await?;
+        // The other end is QEMU's alone: its end is the end of the state.
+        drop(theirs);
         let reader = tokio::task::spawn_blocking(move || {
             let mut bytes = Vec::with_capacity(512 << 10);
             let mut ours = ours;
@@ -410,12 +609,16 @@ impl VmProcess for QemuProcess {
         });
         let mut stopped = None;
         let ended = match self.execute("migrate", json!({ "uri": "fd:outgoing" })).await {
-            Ok(_) => self.migrated(&mut events, &mut stopped).await,
+            Ok(_) => self.migrated(&mut events, &mut stopped, freeze).await,
             Err(err) => {
                 let _ = self.execute("closefd", json!({ "fdname": "outgoing" })).await;
                 Err(err.to_string())
             }
         };
+        if ended.is_err() {
+            // It may stand between the freezing and the devices.
+            let _ = self.execute("migrate_cancel", Value::Null).await;
+        }
         let bytes = reader.await.map_err(io::Error::other).flatten();
         match (ended, bytes) {
             (Ok(completed), Ok(bytes)) => {
@@ -429,6 +632,10 @@ impl VmProcess for QemuProcess {
                 let err = self.state_error("save", message).await;
                 // The guest runs on, whatever happened.
                 let _ = self.execute("cont", Value::Null).await;
+                if let Some(overlay) = &overlay {
+                    // Refused when the guest writes to it.
+                    let _ = self.execute("blockdev-del", json!({ "node-name": overlay })).await;
+                }
                 Err(err)
             }
         }
@@ -440,7 +647,12 @@ impl VmProcess for QemuProcess {
     }
 
     async fn load_state(&self, state: &[u8]) -> Result<(), VmmError> {
-        let stream = self.incoming.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let take = || self.incoming.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut stream = take();
+        if stream.is_none() && self.spec.has_attachments() {
+            self.wait_for_state().await?;
+            stream = take();
+        }
         let Some(stream) = stream else {
             let message = "the VM does not wait for a state".to_owned();
             return Err(VmmError::State { what: "load", message, words: String::new() });
@@ -453,7 +665,7 @@ impl VmProcess for QemuProcess {
             stream.shutdown().await
         };
         let mut stopped = None;
-        let loaded = self.migrated(&mut events, &mut stopped);
+        let loaded = self.migrated(&mut events, &mut stopped, None);
         // What was not written is missed by QEMU, which says so.
         match tokio::join!(tokio::time::timeout(STATE, write), loaded).1 {
             Ok(_) => Ok(()),

@@ -53,7 +53,9 @@ async fn firmware(vmm: &Arc<dyn Vmm>, dir: &Path) -> Box<dyn VmProcess> {
     header[529] = 1;
     std::fs::write(&kernel, header).unwrap();
     let boot = Boot::Kernel { kernel, initrd: None, cmdline: String::new() };
-    vmm.launch(&spec(), boot, &dir.join("parent")).await.unwrap()
+    let vm = vmm.launch(&spec(), boot, &dir.join("parent")).await.unwrap();
+    vm.cont().await.unwrap();
+    vm
 }
 
 /// Gives a waiting VM a copy of a stopped VM's memory: loading devices looks into it.
@@ -73,7 +75,7 @@ async fn a_state_is_saved_again_and_again_and_loads() {
     let dir = dir();
     let parent = firmware(&vmm, dir.path()).await;
     for _ in 0..3 {
-        let saved = parent.save_state().await.unwrap();
+        let saved = parent.save_state(None).await.unwrap();
         assert!(
             (10_000..2_000_000).contains(&saved.bytes.len()),
             "{} bytes: memory must not be in it",
@@ -224,6 +226,7 @@ async fn a_kernel_that_qemus_user_cannot_reach_boots_all_the_same() {
     std::fs::set_permissions(&hidden, std::fs::Permissions::from_mode(0o700)).unwrap();
     let boot = Boot::Kernel { kernel: hidden.join("kernel"), initrd: None, cmdline: String::new() };
     let vm = vmm.launch(&spec(), boot, &dir.path().join("again")).await.unwrap();
+    vm.cont().await.unwrap();
     assert_eq!(vm.query_status().await.unwrap(), "running");
     vm.kill().await.unwrap();
 }

@@ -11,8 +11,9 @@ use super::VmInfo;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Timeline {
     /// The phases in order. Of a clone: `claim`, `remap`, `attach`, `load`, `wait` (for its siblings), `continue`,
-    /// `first_answer`, `identity`; on another host before them `send` and `import`. Of a parent: `attach` (the first time),
-    /// `prepare`, `save`, `commit`, `resume`; `pause` is the part of these from STOP to RESUME.
+    /// `first_answer`, `identity`, `release`; on another host before them `send` and `import`; one with a network card has
+    /// `network` as part of `attach`. Of a parent: `attach` (the first time), `quiesce`, `prepare`, `save`, `commit`,
+    /// `resume`; `pause` is the part of these from STOP to RESUME.
     pub phases: Vec<Phase>,
     /// From the request to the end of the last phase.
     pub total_us: u64,
@@ -47,6 +48,69 @@ pub struct CheckpointRequest {
     /// Answer only when the layer is complete on disk, not already when the parent runs again.
     #[serde(default)]
     pub wait: bool,
+    /// What the guest does before it.
+    #[serde(default)]
+    pub quiesce: Quiesce,
+}
+
+/// What a guest does before a checkpoint is taken of it. Only a Linux guest whose agent has answered is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Quiesce {
+    /// Run the hooks in `/etc/ramet/checkpoint.d`. One that fails or takes too long makes the checkpoint fail. Default true.
+    #[serde(default = "yes")]
+    pub hooks: bool,
+    /// Have all applications stand still from before the checkpoint until, in the parent, it is taken, and in a clone its
+    /// kernel has fresh entropy and it knows who it is. Without this, programs of several clones may draw the same random
+    /// numbers for a moment. Costs some tens of milliseconds.
+    #[serde(default)]
+    pub freeze: bool,
+    /// Write file systems to their disks before. A clone does not need that, as it has its parent's page cache; one that
+    /// reads the disk alone does.
+    #[serde(default)]
+    pub sync: bool,
+    /// How long all of it may take, in seconds. Default 30.
+    #[serde(default = "default_hook_limit")]
+    pub limit_s: u64,
+}
+
+impl Default for Quiesce {
+    fn default() -> Self {
+        Self { hooks: true, freeze: false, sync: false, limit_s: default_hook_limit() }
+    }
+}
+
+/// How a clone becomes somebody.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CloneOptions {
+    /// Make new SSH host keys in it.
+    #[serde(default)]
+    pub ssh_host_keys: bool,
+    /// Run the hooks in `/etc/ramet/clone.d` before it is released. One that fails or takes too long makes the call fail.
+    /// Default true.
+    #[serde(default = "yes")]
+    pub hooks: bool,
+    /// How long the hooks may take, in seconds. Default 30.
+    #[serde(default = "default_hook_limit")]
+    pub hook_limit_s: u64,
+    /// Release it even when its agent can't confirm that the kernel has fresh entropy. Its random numbers may then be those
+    /// of its siblings.
+    #[serde(default)]
+    pub allow_unseeded: bool,
+}
+
+impl Default for CloneOptions {
+    fn default() -> Self {
+        Self { ssh_host_keys: false, hooks: true, hook_limit_s: default_hook_limit(), allow_unseeded: false }
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+fn default_hook_limit() -> u64 {
+    30
 }
 
 /// What a checkpoint call did.
@@ -219,6 +283,9 @@ pub struct CloneRequest {
     /// A clone that does not answer in time fails the call. Default 60.
     #[serde(default = "default_clone_wait")]
     pub wait_agent_s: u64,
+    /// How a clone becomes somebody.
+    #[serde(default)]
+    pub options: CloneOptions,
 }
 
 impl Default for CloneRequest {
@@ -230,6 +297,7 @@ impl Default for CloneRequest {
             ttl_s: None,
             lease: None,
             wait_agent_s: default_clone_wait(),
+            options: CloneOptions::default(),
         }
     }
 }
@@ -252,6 +320,9 @@ pub struct ForkRequest {
     /// A note for the checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+    /// What the guest does before the checkpoint.
+    #[serde(default)]
+    pub quiesce: Quiesce,
 }
 
 /// One clone that runs.

@@ -1,5 +1,7 @@
 //! What one daemon asks of another.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -24,6 +26,8 @@ pub struct PeerAddress {
     pub name: String,
     /// `IP:PORT`.
     pub address: String,
+    /// Its number in the group: addresses of VMs that it numbers have it in them.
+    pub number: u8,
 }
 
 /// What a joining host gets.
@@ -53,6 +57,72 @@ pub struct PeerClone {
     pub clone_number: u32,
     /// Its name.
     pub name: String,
+    /// Its place in the family's network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nic: Option<MemberNumber>,
+}
+
+/// A frozen disk that its host serves to others.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PeerDisk {
+    /// Its id.
+    pub disk: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its golden image.
+    pub golden: PeerGolden,
+    /// The images that are data volumes.
+    #[serde(default)]
+    pub volumes: Vec<PeerGolden>,
+    /// Which of its pages are as in the golden image, zero, or data: base64, as `ramet_disk` encodes it.
+    pub extents: String,
+    /// `IP:PORT` of the `ramet-disk` that serves it.
+    pub address: String,
+}
+
+/// A member of a family: its address follows from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+pub struct MemberNumber {
+    /// Number of the host that gave it its address.
+    pub range: u8,
+    /// Its number among those of that host.
+    pub index: u16,
+}
+
+/// An image's disk, known by its contents.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PeerGolden {
+    /// The image's name where it was first used.
+    pub image: String,
+    /// The hash of the disk.
+    pub hash: String,
+}
+
+/// A family's network.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PeerNetwork {
+    /// Its number in tunnels.
+    pub vni: u32,
+    /// What may leave it, as `ramet_net` writes it.
+    #[schema(value_type = Object)]
+    pub egress: serde_json::Value,
+    /// Bits a second in and out of it, on each host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u64>,
+    /// Hosts that have the family, and who its members are there.
+    pub hosts: BTreeMap<String, Vec<MemberNumber>>,
+}
+
+/// `PUT /v1/peer/families/{family}/members`: who the sender's members of a family are from now on.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PeerMembers {
+    /// All of them.
+    pub members: Vec<MemberNumber>,
+    /// All hosts that the sender knows to have the family.
+    pub hosts: Vec<String>,
 }
 
 /// First part of the body of `POST /v1/peer/clones`: 4 bytes little-endian length, this as JSON, then the descriptor.
@@ -73,6 +143,18 @@ pub struct PeerCloneRequest {
     pub lease: Option<String>,
     /// As in [`CloneRequest`](super::CloneRequest).
     pub wait_agent_s: u64,
+    /// The checkpoint's disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<PeerDisk>,
+    /// The family's network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<PeerNetwork>,
+    /// Applications stand still in the checkpoint.
+    #[serde(default)]
+    pub frozen: bool,
+    /// As in [`CloneRequest`](super::CloneRequest).
+    #[serde(default)]
+    pub options: super::CloneOptions,
 }
 
 /// `GET /v1/peer/images/{id}`: who uses another host's checkpoint here.
@@ -86,6 +168,9 @@ pub struct PeerImageUse {
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PeerCommit {
+    /// Members of the family on other hosts, as they are now.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub members: BTreeMap<String, Vec<MemberNumber>>,
     /// The lease on this daemon that they live with from now on; none: until they are removed.
     #[serde(default)]
     pub lease: Option<String>,

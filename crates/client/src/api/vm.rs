@@ -75,6 +75,91 @@ pub struct RunRequest {
     /// answer in time is left running, and `agent` in the answer is false.
     #[serde(default = "default_agent_wait")]
     pub wait_agent_s: u64,
+    /// The image whose disk is the root disk, copy-on-write. Default: that of `image`, when it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
+    /// Size of the root disk, when it is to be larger than the image's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub disk_size: Option<ByteSize>,
+    /// Images whose disks are data volumes, which the guest can only read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<String>,
+    /// The network of the VM and its clones. Default: [`Egress::Nat`] with a root disk, [`Egress::Off`] without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<Egress>,
+    /// Bits a second between the family and the outside, in each direction and on each host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u64>,
+    /// Ports of the host that lead to the VM, not to its clones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<PublishedPort>,
+}
+
+/// What the network of a family lets out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Egress {
+    /// There is no network: no card.
+    Off,
+    /// A private network that nothing leaves.
+    None,
+    /// Connections outward, with the host's address.
+    Nat,
+    /// Connections to these only: `IP`, `IP/PREFIX`, each with `:PORT` or without.
+    List(Vec<String>),
+}
+
+/// A protocol with ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// A port of the host that leads to a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PublishedPort {
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The host's port.
+    pub host_port: u16,
+    /// The guest's port.
+    pub guest_port: u16,
+}
+
+/// A VM's place in its family's network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmNetwork {
+    /// Its IPv4 address.
+    pub ip: String,
+    /// Its MAC address.
+    pub mac: String,
+    /// Its device in the family's namespace on the host.
+    pub tap: String,
+    /// Ports of the host that lead to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub published: Vec<PublishedPort>,
+}
+
+/// A VM's disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmDisk {
+    /// Name of the golden image.
+    pub image: String,
+    /// Its size as the guest sees it.
+    #[schema(value_type = u64)]
+    pub size: ByteSize,
+    /// Frozen layers on this host between the golden image and what the VM has written.
+    pub layers: u32,
+    /// What the VM has written takes so many bytes.
+    pub written_bytes: u64,
+    /// It lies over a frozen disk of another host, and what is missing is fetched from there.
+    pub remote: bool,
 }
 
 impl RunRequest {
@@ -93,6 +178,12 @@ impl RunRequest {
             ttl_s: None,
             lease: None,
             wait_agent_s: default_agent_wait(),
+            disk: None,
+            disk_size: None,
+            volumes: Vec::new(),
+            network: None,
+            rate: None,
+            publish: Vec::new(),
         }
     }
 }
@@ -166,6 +257,12 @@ pub struct VmInfo {
     pub pid: Option<u32>,
     /// True once its agent has answered.
     pub agent: bool,
+    /// Its place in the family's network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<VmNetwork>,
+    /// Its disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<VmDisk>,
 }
 
 /// Query of `GET /v1/vms`.

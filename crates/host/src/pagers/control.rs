@@ -16,7 +16,7 @@ use ramet_pager::control::{
     AttachReply, ChangedReply, ColorBase, ColorReply, CommitReply, ControlError, ImageReport, PingReply, PrepareReply,
     Request, Response, SourceAddress, SpecReply, StatsReport, View,
 };
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::UnixStream,
@@ -239,14 +239,14 @@ impl Control {
         }
     }
 
-    async fn call<T: DeserializeOwned>(&self, request: &Request, again: bool, limit: Duration) -> Result<T> {
+    pub(crate) async fn call<T: DeserializeOwned>(&self, request: &(impl Serialize + Sync), again: bool, limit: Duration) -> Result<T> {
         self.call_now(request, again, limit, RECONNECT).await
     }
 
     /// The same, with another patience towards a pager that is not there.
     async fn call_now<T: DeserializeOwned>(
         &self,
-        request: &Request,
+        request: &(impl Serialize + Sync),
         again: bool,
         limit: Duration,
         patience: Duration,

@@ -37,9 +37,53 @@ const START: Duration = Duration::from_secs(10);
 const HEALTHY: Duration = Duration::from_secs(30);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
-/// A family's pager.
+/// What kind of process serves a family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// `ramet-pager`: memory.
+    Pager,
+    /// `ramet-disk`: frozen disks.
+    Disk,
+}
+
+impl Program {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Pager => "ramet-pager",
+            Self::Disk => "ramet-disk",
+        }
+    }
+
+    /// For logs and counters.
+    fn word(self) -> &'static str {
+        match self {
+            Self::Pager => "pager",
+            Self::Disk => "disk_server",
+        }
+    }
+
+    /// The counter of its restarts.
+    fn restarts(self) -> &'static str {
+        match self {
+            Self::Pager => "pager_restarts",
+            Self::Disk => "disk_server_restarts",
+        }
+    }
+
+    /// Where its families have their directories.
+    fn root(self, config: &Config) -> PathBuf {
+        match self {
+            Self::Pager => config.pages(),
+            Self::Disk => config.disk_servers(),
+        }
+    }
+}
+
+/// A family's pager, or its server of frozen disks.
 #[derive(Debug)]
 pub struct Pager {
+    /// What it is.
+    program: Program,
     /// Its family.
     pub family: FamilyId,
     /// Calls to it.
@@ -72,9 +116,10 @@ impl Pager {
     }
 }
 
-/// All pagers of the host.
+/// All pagers of the host, or all its servers of frozen disks.
 #[derive(Debug)]
 pub struct Pagers {
+    program: Program,
     config: Arc<Config>,
     stats: Arc<Stats>,
     map: Mutex<BTreeMap<FamilyId, Arc<Pager>>>,
@@ -82,10 +127,10 @@ pub struct Pagers {
 }
 
 impl Pagers {
-    /// No pagers yet.
+    /// None yet.
     #[must_use]
-    pub fn new(config: Arc<Config>, stats: Arc<Stats>) -> Self {
-        Self { config, stats, map: Mutex::default(), starting: tokio::sync::Mutex::default() }
+    pub fn new(program: Program, config: Arc<Config>, stats: Arc<Stats>) -> Self {
+        Self { program, config, stats, map: Mutex::default(), starting: tokio::sync::Mutex::default() }
     }
 
     /// The family's pager, if it has one.
@@ -112,10 +157,11 @@ impl Pagers {
         if let Some(pager) = self.get(family) {
             return Ok(pager);
         }
-        let dir = self.config.pages().join(family.to_string());
+        let dir = self.program.root(&self.config).join(family.to_string());
         fs::create_dir_all(&dir).with_context(|| format!("Failed to make {}", dir.display()))?;
         let socket = dir.join("control.sock");
         let pager = Arc::new(Pager {
+            program: self.program,
             family,
             control: Control::new(&socket),
             dir,
@@ -249,12 +295,12 @@ fn other_version(pager: &str) -> Option<String> {
 }
 
 fn log_file(config: &Config, pager: &Pager) -> PathBuf {
-    config.logs().join(format!("pager-{}.log", pager.family.short()))
+    config.logs().join(format!("{}-{}.log", pager.program.word(), pager.family.short()))
 }
 
 /// Starts the process, in a process group of its own: it survives the daemon, and a Ctrl-C meant for it.
 fn start(config: &Config, pager: &Pager) -> anyhow::Result<OwnedFd> {
-    let program = config.bin_dir.join("ramet-pager");
+    let program = config.bin_dir.join(pager.program.name());
     let path = log_file(config, pager);
     let _ = fs::create_dir_all(config.logs());
     let log = fs::OpenOptions::new().create(true).append(true).open(&path);
@@ -320,8 +366,9 @@ async fn supervise(config: Arc<Config>, stats: Arc<Stats>, pager: Arc<Pager>, mu
         if started.elapsed() > HEALTHY {
             backoff = Duration::ZERO;
         }
-        tracing::warn!(family = %pager.family, after_ms = backoff.as_millis(), "the pager died; starting the next one");
-        stats.count("pager_restarts");
+        let program = pager.program.name();
+        tracing::warn!(program, family = %pager.family, after_ms = backoff.as_millis(), "it died; starting the next one");
+        stats.count(pager.program.restarts());
         pager.restarts.fetch_add(1, Ordering::Relaxed);
         loop {
             tokio::time::sleep(backoff).await;

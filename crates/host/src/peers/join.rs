@@ -138,7 +138,7 @@ pub fn init(peers: &Peers, asked: Option<&str>, listen: Option<SocketAddr>) -> A
         return Err(trust("This host is in a group already").remedy("`ramet host ls` lists it"));
     }
     // First the list, then the certificates: with them, trust is set up.
-    let own = PeerAddress { name: peers.name.clone(), address: address.to_string() };
+    let own = PeerAddress { name: peers.name.clone(), address: address.to_string(), number: 0 };
     peers.learn(&[own]).map_err(|e| ApiError::failed("Failed to set up trust", e))?;
     peers.files.init(&peers.name, address.ip()).map_err(|e| ApiError::failed("Failed to set up trust", e))
 }
@@ -238,7 +238,12 @@ pub async fn sign(
         return Err(ApiError::new(ErrorCode::Forbidden, "This token has been used, or has ended")
             .remedy("make a new one by `ramet host token`"));
     }
-    let new = PeerAddress { name: request.name.clone(), address: request.address.clone() };
+    // One that joins again under its name keeps its number.
+    let before = peers.hosts().into_iter().find(|h| h.name == request.name).map(|h| h.number);
+    let number = before.or_else(|| peers.free_number()).ok_or_else(|| {
+        ApiError::new(ErrorCode::LimitReached, "The group has 256 hosts, and no number for another one")
+    })?;
+    let new = PeerAddress { name: request.name.clone(), address: request.address.clone(), number };
     peers.learn(&[new]).map_err(failed)?;
     let hosts = peers.hosts();
     spread(peers, &request.name);
@@ -397,7 +402,7 @@ mod tests {
     #[test]
     fn only_a_host_itself_changes_its_address() {
         let (_dir, peers, _tokens) = host("h1");
-        let at = |name: &str, address: &str| PeerAddress { name: name.to_owned(), address: address.to_owned() };
+        let at = |name: &str, address: &str| PeerAddress { name: name.to_owned(), address: address.to_owned(), number: 0 };
         peers.learn(&[at("h1", "10.0.0.1:1"), at("h2", "10.0.0.2:1"), at("h3", "10.0.0.3:1")]).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let _in = runtime.enter();

@@ -7,6 +7,7 @@ pub mod tls;
 use std::{
     collections::{BTreeMap, HashMap},
     fs, io,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
@@ -20,6 +21,7 @@ use ramet_client::{
 };
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
@@ -75,13 +77,20 @@ pub(crate) async fn ask<T>(
     }
 }
 
+/// What is known of a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Known {
+    address: String,
+    number: u8,
+}
+
 /// The other hosts of the group.
 #[derive(Debug)]
 pub struct Peers {
     name: String,
     files: tls::Files,
     path: PathBuf,
-    known: Mutex<BTreeMap<String, String>>,
+    known: Mutex<BTreeMap<String, Known>>,
     clients: Mutex<HashMap<String, Client>>,
 }
 
@@ -111,8 +120,26 @@ impl Peers {
     pub fn hosts(&self) -> Vec<PeerAddress> {
         lock(&self.known)
             .iter()
-            .map(|(name, address)| PeerAddress { name: name.clone(), address: address.clone() })
+            .map(|(name, k)| PeerAddress { name: name.clone(), address: k.address.clone(), number: k.number })
             .collect()
+    }
+
+    /// This host's number in its group; 0 before trust is set up, and for the group's first host.
+    pub fn own_number(&self) -> u8 {
+        lock(&self.known).get(&self.name).map_or(0, |k| k.number)
+    }
+
+    /// The IP addresses of the other hosts, by name.
+    pub fn addresses(&self) -> BTreeMap<String, IpAddr> {
+        let known = lock(&self.known);
+        let others = known.iter().filter(|(name, _)| **name != self.name);
+        others.filter_map(|(name, k)| Some((name.clone(), k.address.parse::<SocketAddr>().ok()?.ip()))).collect()
+    }
+
+    /// A number that no host has.
+    fn free_number(&self) -> Option<u8> {
+        let known = lock(&self.known);
+        (0..=u8::MAX).find(|n| known.values().all(|k| k.number != *n))
     }
 
     /// The names of the other hosts.
@@ -122,7 +149,7 @@ impl Peers {
 
     /// This host's own address.
     pub fn own_address(&self) -> Option<String> {
-        lock(&self.known).get(&self.name).cloned()
+        lock(&self.known).get(&self.name).map(|k| k.address.clone())
     }
 
     /// Takes note of hosts, and returns whether anything was new.
@@ -133,7 +160,7 @@ impl Peers {
         let mut known = lock(&self.known);
         let mut next = known.clone();
         for host in hosts {
-            next.insert(host.name.clone(), host.address.clone());
+            next.insert(host.name.clone(), Known { address: host.address.clone(), number: host.number });
         }
         if next == *known {
             return Ok(false);
@@ -153,7 +180,7 @@ impl Peers {
     /// # Errors
     /// [`ErrorCode::NotFound`] when there is no such host; [`ErrorCode::Trust`] when trust is not set up.
     pub fn client(&self, host: &str) -> ApiResult<Client> {
-        let address = lock(&self.known).get(host).cloned();
+        let address = lock(&self.known).get(host).map(|k| k.address.clone());
         let Some(address) = address else {
             let known = self.others();
             let hint = if known.is_empty() {
@@ -222,7 +249,7 @@ mod tests {
         assert_eq!(err.code(), ErrorCode::NotFound);
         assert!(err.to_string().contains("No host 'h9'") && err.to_string().contains("host init"), "{err}");
 
-        let h2 = PeerAddress { name: "h2".into(), address: "10.0.0.2:7391".into() };
+        let h2 = PeerAddress { name: "h2".into(), address: "10.0.0.2:7391".into(), number: 1 };
         assert!(first.learn(std::slice::from_ref(&h2)).unwrap());
         assert!(!first.learn(std::slice::from_ref(&h2)).unwrap(), "nothing new");
         let again = peers(&dir);
@@ -245,7 +272,7 @@ mod tests {
         peers.files().init("h1", "127.0.0.1".parse().unwrap()).unwrap();
         // A port that was free a moment ago: nobody listens.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let h2 = PeerAddress { name: "h2".into(), address: format!("127.0.0.1:{port}") };
+        let h2 = PeerAddress { name: "h2".into(), address: format!("127.0.0.1:{port}"), number: 1 };
         peers.learn(std::slice::from_ref(&h2)).unwrap();
         let entry = peers.entry(h2).await;
         assert!(!entry.alive);

@@ -1,0 +1,105 @@
+//! Real QEMU under TCG with a copy-on-write disk: frozen with the devices, opened by a clone, flattened.
+#![allow(clippy::unwrap_used, reason = "a failure ends the test")]
+
+use ramet_kernel::shim::{Segment, ShimClient};
+use ramet_memory::ByteSize;
+use ramet_vmm::{Accel, Base, Boot, DiskChain, MachineSpec, Qemu, VmProcess, Vmm, VmmConfig};
+use std::{
+    os::{fd::AsFd, unix::fs::PermissionsExt},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+const SIZE: u64 = 16 << 20;
+
+fn spec() -> MachineSpec {
+    MachineSpec { disk: Some(ByteSize(SIZE)), ..MachineSpec::new(ByteSize::mib(32), 1, Accel::Tcg) }
+}
+
+fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap();
+    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// An empty overlay that QEMU's user may write to.
+fn overlay(dir: &Path, name: &str) -> PathBuf {
+    let path = dir.join(format!("{name}.qcow2"));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), &SIZE.to_string()]);
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+    path
+}
+
+fn vmm() -> Qemu {
+    let shim = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("libramet_shim.so");
+    assert!(shim.exists(), "build the workspace first: {} is missing", shim.display());
+    let user = rustix::process::geteuid().is_root().then_some((ramet_vmm::QEMU_UID, ramet_vmm::QEMU_UID));
+    Qemu::new(VmmConfig { user, ..VmmConfig::new(shim) })
+}
+
+fn copy_memory(from: &dyn VmProcess, to: &dyn VmProcess, file: &Path) {
+    let info = ShimClient::connect(from.shim_socket()).unwrap().info().unwrap();
+    let mut bytes = vec![0; usize::try_from(info.ram_len).unwrap()];
+    ramet_kernel::process_read(info.pid, info.ram_addr, &mut bytes).unwrap();
+    std::fs::write(file, bytes).unwrap();
+    let file = std::fs::File::open(file).unwrap();
+    let segment = Segment { guest_offset: 0, len: info.ram_len, file_offset: 0, fd_index: 0, flags: 0 };
+    ShimClient::connect(to.shim_socket()).unwrap().map(&[segment], &[file.as_fd()]).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_is_frozen_with_the_devices_and_opened_by_a_clone() {
+    let vmm = vmm();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    // Where QEMU's user can't come to.
+    let hidden = dir.path().join("hidden");
+    std::fs::create_dir(&hidden).unwrap();
+    let golden = hidden.join("golden");
+    std::fs::write(&golden, vec![7u8; SIZE as usize]).unwrap();
+    std::fs::set_permissions(&golden, std::fs::Permissions::from_mode(0o444)).unwrap();
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, vec![0; 8192]).unwrap();
+    let base = Base::Raw(golden);
+
+    let first = overlay(dir.path(), "first");
+    let boot = Boot::Kernel { kernel, initrd: None, cmdline: String::new() };
+    let parent = vmm.launch(&spec(), boot, &dir.path().join("parent")).await.unwrap();
+    let disk = DiskChain { base: base.clone(), layers: vec![], active: first.clone() };
+    parent.attach_disk(&disk).await.unwrap();
+    parent.cont().await.unwrap();
+    assert_eq!(parent.disk_node().await.unwrap(), DiskChain::node(&first));
+
+    let mut layers = vec![first];
+    for round in 0..3 {
+        let next = overlay(dir.path(), &format!("next{round}"));
+        let saved = parent.save_state(Some(&next)).await.unwrap();
+        assert_eq!(parent.disk_node().await.unwrap(), DiskChain::node(&next), "it writes to the new one");
+        let clone = vmm.launch(&spec(), Boot::Incoming, &dir.path().join(format!("clone{round}"))).await.unwrap();
+        copy_memory(&*parent, &*clone, &dir.path().join("memory"));
+        parent.cont().await.unwrap();
+        assert_eq!(parent.query_status().await.unwrap(), "running");
+
+        let own = overlay(dir.path(), &format!("own{round}"));
+        let disk = DiskChain { base: base.clone(), layers: layers.clone(), active: own };
+        clone.attach_disk(&disk).await.unwrap();
+        clone.load_state(&saved.bytes).await.unwrap();
+        clone.cont().await.unwrap();
+        assert_eq!(clone.query_status().await.unwrap(), "running");
+        clone.kill().await.unwrap();
+        layers.push(next);
+    }
+    // An overlay that can't be opened: no checkpoint, and the VM goes on with what it has.
+    let before = parent.disk_node().await.unwrap();
+    parent.save_state(Some(&dir.path().join("missing.qcow2"))).await.unwrap_err();
+    assert_eq!(parent.disk_node().await.unwrap(), before);
+    assert_eq!(parent.query_status().await.unwrap(), "running");
+
+    parent.stop_flattening().await.unwrap();
+    parent.flatten_disk().await.unwrap();
+    assert_eq!(parent.disk_node().await.unwrap(), before, "the active overlay stays");
+    let next = overlay(dir.path(), "last");
+    parent.save_state(Some(&next)).await.unwrap();
+    parent.cont().await.unwrap();
+    parent.kill().await.unwrap();
+}
