@@ -36,6 +36,13 @@ pub const MAX_STREAMS: usize = 256;
 pub const PORT_NAME: &str = "ramet.agent";
 /// Least bytes of entropy in an [`Identity`].
 pub const MIN_ENTROPY: usize = 32;
+/// The signal that subscribers get in a clone: `SIGRTMIN+10` as glibc counts, sent by `sigqueue` with the number of
+/// the clone as its value.
+pub const SIGCLONE: i32 = 44;
+/// Most hooks in one directory; a guest refuses to run more.
+pub const MAX_HOOKS: usize = 64;
+/// Most bytes of a hook's output that are kept: the last ones.
+pub const MAX_HOOK_OUTPUT: usize = 4096;
 
 /// The kinds of frames. Values below 0x80 go from host to guest, the others from guest to host.
 pub mod kind {
@@ -65,6 +72,12 @@ pub mod kind {
     pub const RESIZE: u8 = 0x0d;
     /// Empty: power off in good order; answered by [`EXIT`] 0 when it has begun.
     pub const SHUTDOWN: u8 = 0x0e;
+    /// JSON of [`Freeze`](super::Freeze): make ready for a checkpoint; answered by [`FREEZE_ACK`].
+    pub const FREEZE: u8 = 0x0f;
+    /// Empty: let all applications run again. Also ends a [`FREEZE`] that is under way. Answered by [`THAW_ACK`].
+    pub const THAW: u8 = 0x10;
+    /// JSON of [`Release`](super::Release): a clone has its identity and its network; answered by [`RELEASE_ACK`].
+    pub const RELEASE: u8 = 0x11;
 
     /// `session u64le` and the JSON of [`HelloAck`](super::HelloAck).
     pub const HELLO_ACK: u8 = 0x81;
@@ -86,6 +99,12 @@ pub mod kind {
     pub const GUEST_CREDIT: u8 = 0x8a;
     /// JSON of [`FileInfo`](super::FileInfo).
     pub const FILE_INFO: u8 = 0x8b;
+    /// JSON of [`FreezeAck`](super::FreezeAck).
+    pub const FREEZE_ACK: u8 = 0x8c;
+    /// JSON of [`ThawAck`](super::ThawAck).
+    pub const THAW_ACK: u8 = 0x8d;
+    /// JSON of [`ReleaseAck`](super::ReleaseAck).
+    pub const RELEASE_ACK: u8 = 0x8e;
 }
 
 /// A command to run. `env` adds to the agent's own environment.
@@ -141,7 +160,10 @@ pub struct FileInfo {
 }
 
 /// Who a virtual machine is: sent to every clone before anything else runs in it on behalf of a user.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+///
+/// One message, one transaction, in this order: entropy, clock, network, hostname, machine id, SSH keys, and then the
+/// files `/run/ramet/id` and `/run/ramet/generation`. A machine that was booted gets it too, with its first addresses.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Number of the clone within its fork, from 1; 0 for a machine that was booted.
     pub clone_number: u32,
@@ -158,8 +180,55 @@ pub struct Identity {
     pub name: String,
     /// Fresh random bytes in hexadecimal, at least [`MIN_ENTROPY`] of them, for the kernel's generator.
     pub entropy: String,
-    /// Wall clock, nanoseconds since 1970.
+    /// Wall clock, nanoseconds since 1970; 0 leaves the clock as it is. The monotonic clock is never touched.
     pub realtime_ns: u64,
+    /// Its network interfaces. Those that are not named here stay as they are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<NicIdentity>,
+    /// Its host name; `None` leaves it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// Its machine id, 32 hexadecimal digits; `None` leaves it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_id: Option<String>,
+    /// Make new SSH host keys. Slow; the answer comes when they are made.
+    #[serde(default)]
+    pub ssh_host_keys: bool,
+    /// End the connections of TCP, and of connected UDP sockets, whose local address is one that a NIC had before.
+    #[serde(default)]
+    pub kill_sockets: bool,
+}
+
+/// The address of one network interface. The interface gets exactly this IPv4 address, all others are removed, and
+/// IPv6 is switched off on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicIdentity {
+    /// Which virtio NIC, from 0, in the order of PCI addresses.
+    pub index: u32,
+    /// The interface's name in the guest; when given, it is used instead of `index`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// As `02:00:00:00:00:01`.
+    pub mac: String,
+    /// IPv4 address.
+    pub ip: String,
+    /// Bits of the network's prefix.
+    pub prefix: u8,
+    /// IPv4 address of the default route; `None` sets no route.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<String>,
+    /// The gateway's MAC, for a permanent neighbour entry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway_mac: Option<String>,
+    /// Name servers; empty leaves `/etc/resolv.conf` as it is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dns: Vec<String>,
+    /// Largest packet; `None` leaves it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+    /// An address that connections may still have, besides those found on the interface.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub old_ip: Option<String>,
 }
 
 impl std::fmt::Debug for Identity {
@@ -170,6 +239,7 @@ impl std::fmt::Debug for Identity {
             .field("vm_id", &self.vm_id)
             .field("clone_number", &self.clone_number)
             .field("generation", &self.generation)
+            .field("nics", &self.nics)
             .finish_non_exhaustive()
     }
 }
@@ -191,12 +261,34 @@ pub struct GuestId {
     pub name: String,
     /// Whether the kernel took fresh entropy when the machine became this one.
     pub reseeded: bool,
+    /// Its host name, if it was given one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// Its addresses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<GuestNic>,
+}
+
+/// The address of one network interface in a [`GuestId`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestNic {
+    /// The interface's name in the guest.
+    pub name: String,
+    /// See [`NicIdentity::mac`].
+    pub mac: String,
+    /// See [`NicIdentity::ip`].
+    pub ip: String,
+    /// See [`NicIdentity::prefix`].
+    pub prefix: u8,
+    /// See [`NicIdentity::gateway`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<String>,
 }
 
 /// What became of an [`Identity`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdentityAck {
-    /// Everything was done.
+    /// Everything was done: all steps are.
     pub ok: bool,
     /// The kernel's random generator has the new entropy. When false, the clone's random numbers may be those of its
     /// siblings: do not use it.
@@ -204,6 +296,146 @@ pub struct IdentityAck {
     /// What went wrong.
     #[serde(default)]
     pub error: Option<String>,
+    /// What was done, in order.
+    #[serde(default)]
+    pub steps: Vec<IdentityStep>,
+}
+
+/// One step of an [`Identity`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityStep {
+    /// What it is, for example `reseed`, `clock`, `eth0: address`.
+    pub name: String,
+    /// It was done, or was not needed.
+    pub ok: bool,
+    /// What went wrong.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// What is worth knowing although nothing went wrong, for example why it was not needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remark: Option<String>,
+}
+
+/// Make ready for a checkpoint: hooks, then `sync`, then the freezer. If one fails, all that was frozen is thawed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Freeze {
+    /// Run the hooks in `/etc/ramet/checkpoint.d`.
+    pub hooks: bool,
+    /// Stop all applications until [`kind::THAW`] or [`kind::RELEASE`].
+    pub freeze: bool,
+    /// Write all dirty pages of file systems to their disks.
+    pub sync: bool,
+    /// For all of it, in milliseconds.
+    pub limit_ms: u64,
+}
+
+/// What became of a [`Freeze`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreezeAck {
+    /// Everything asked for was done.
+    pub ok: bool,
+    /// The applications stand still.
+    pub frozen: bool,
+    /// The hooks that ran, in order.
+    #[serde(default)]
+    pub hooks: Vec<HookResult>,
+    /// What went wrong.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+/// What became of a [`kind::THAW`]. It may be repeated, also when nothing is frozen.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThawAck {
+    /// Nothing is frozen any more.
+    pub ok: bool,
+    /// What went wrong.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+/// Let a clone go to work: hooks, then [`SIGCLONE`] and events to those who subscribed, then the applications run
+/// again. A hook that fails makes the answer not `ok`; the rest is done all the same.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {
+    /// Run the hooks in `/etc/ramet/clone.d`.
+    pub hooks: bool,
+    /// Tell those who subscribed.
+    pub signal: bool,
+    /// For all of it, in milliseconds.
+    pub limit_ms: u64,
+}
+
+/// What became of a [`Release`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseAck {
+    /// Everything was done.
+    pub ok: bool,
+    /// The hooks that ran, in order.
+    #[serde(default)]
+    pub hooks: Vec<HookResult>,
+    /// How many were told, by signal or by event.
+    #[serde(default)]
+    pub signalled: u32,
+    /// Nothing is frozen any more.
+    #[serde(default)]
+    pub thawed: bool,
+    /// What went wrong.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+/// What became of a hook.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookResult {
+    /// Its file's name.
+    pub name: String,
+    /// It ended with 0, or was skipped.
+    pub ok: bool,
+    /// Its exit code, 128 and the signal if one ended it; `None` if it was not run.
+    #[serde(default)]
+    pub exit: Option<i32>,
+    /// How long it ran.
+    #[serde(default)]
+    pub ms: u64,
+    /// The end of what it wrote to its standard output and error, at most [`MAX_HOOK_OUTPUT`] bytes.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub output: String,
+    /// Why it was skipped, not run, or killed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remark: Option<String>,
+}
+
+/// A line that a program in the guest sends to `/run/ramet/agent.sock`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Subscription {
+    /// `signal`: this process gets [`SIGCLONE`]. `events`: this connection gets [`CloneEvent`] lines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subscribe: Option<String>,
+    /// No more [`SIGCLONE`] for this process.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unsubscribe: bool,
+}
+
+/// The answer to a [`Subscription`], one line.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SubscriptionAck {
+    /// It was taken.
+    pub ok: bool,
+    /// Why not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// A line that a subscriber of events gets when this machine has become a clone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneEvent {
+    /// `clone`.
+    pub event: String,
+    /// See [`Identity::clone_number`].
+    pub number: u32,
+    /// See [`Identity::generation`].
+    pub generation: u32,
 }
 
 /// The agent's side of the handshake.
@@ -216,6 +448,10 @@ pub struct HelloAck {
     /// Random at each boot, so equal in all clones of one boot.
     #[serde(default)]
     pub boot_id: String,
+    /// The generation that the agent believes in, if it was told one: in a clone that has no identity yet, and after
+    /// a rewind, it is not the one that the host knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<u32>,
 }
 
 /// A frame whose checksum was right.
@@ -490,9 +726,22 @@ mod tests {
             vm_id: "v".into(),
             name: "n".into(),
             entropy: "deadbeef".into(),
-            realtime_ns: 0,
+            ..Identity::default()
         };
         assert!(!format!("{id:?}").contains("deadbeef"));
+    }
+
+    #[test]
+    fn messages_of_older_hosts_and_agents_are_understood() {
+        let id: Identity = serde_json::from_str(
+            r#"{"clone_number":1,"generation":2,"family":"f","vm_id":"v","name":"n","entropy":"","realtime_ns":3}"#,
+        )
+        .unwrap();
+        assert!(id.nics.is_empty() && id.hostname.is_none() && !id.kill_sockets && !id.ssh_host_keys);
+        let ack: IdentityAck = serde_json::from_str(r#"{"ok":true,"reseeded":true}"#).unwrap();
+        assert!(ack.ok && ack.steps.is_empty());
+        let hello: HelloAck = serde_json::from_str(r#"{"agent":"1","guest":"tiny"}"#).unwrap();
+        assert_eq!(hello.generation, None);
     }
 
     proptest! {

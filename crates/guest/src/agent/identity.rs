@@ -18,7 +18,7 @@ pub(crate) fn take(json: &[u8]) -> IdentityAck {
         Ok(identity) => identity,
         Err(error) => {
             let error = Some(format!("cannot understand the identity: {error}"));
-            return IdentityAck { ok: false, reseeded: false, error };
+            return IdentityAck { error, ..IdentityAck::default() };
         }
     };
     let mut errors = Vec::new();
@@ -32,7 +32,12 @@ pub(crate) fn take(json: &[u8]) -> IdentityAck {
     let reseeded = note("cannot reseed the kernel's random generator", reseed(&identity.entropy));
     note("cannot set the clock", set_clock(identity.realtime_ns));
     note(&format!("cannot write {PATH}"), write(Path::new(PATH), &identity, reseeded));
-    IdentityAck { ok: errors.is_empty(), reseeded, error: (!errors.is_empty()).then(|| errors.join("; ")) }
+    IdentityAck {
+        ok: errors.is_empty(),
+        reseeded,
+        error: (!errors.is_empty()).then(|| errors.join("; ")),
+        steps: Vec::new(),
+    }
 }
 
 fn reseed(entropy: &str) -> io::Result<()> {
@@ -66,6 +71,8 @@ fn write(path: &Path, identity: &Identity, reseeded: bool) -> io::Result<()> {
         vm_id: identity.vm_id.clone(),
         name: identity.name.clone(),
         reseeded,
+        hostname: identity.hostname.clone(),
+        nics: Vec::new(),
     };
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
@@ -167,6 +174,7 @@ mod tests {
             name: "web-3".into(),
             entropy: "00".repeat(64),
             realtime_ns: 1,
+            ..Identity::default()
         }
     }
 

@@ -32,8 +32,12 @@ pub(crate) fn run(source: &Source) -> ExitCode {
 /// The JSON of the handshake, made once.
 fn hello() -> Vec<u8> {
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let hello =
-        HelloAck { agent: env!("CARGO_PKG_VERSION").into(), guest: "linux".into(), boot_id: boot_id.trim_end().into() };
+    let hello = HelloAck {
+        agent: env!("CARGO_PKG_VERSION").into(),
+        guest: "linux".into(),
+        boot_id: boot_id.trim_end().into(),
+        generation: None,
+    };
     serde_json::to_vec(&hello).unwrap_or_default()
 }
 

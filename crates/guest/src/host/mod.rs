@@ -13,7 +13,9 @@ mod file;
 pub use error::AgentError;
 pub use exec::{ExecControl, ExecEvent, ExecEvents, ExecInput, ExecOutput, ExecRequest, ExecSession};
 
-use crate::protocol::{self, Decoder, HelloAck, Identity, IdentityAck, MAX_PAYLOAD, kind};
+use crate::protocol::{
+    self, Decoder, Freeze, FreezeAck, HelloAck, Identity, IdentityAck, MAX_PAYLOAD, Release, ReleaseAck, ThawAck, kind,
+};
 use channel::{Channel, Sink};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
@@ -136,6 +138,26 @@ impl AgentClient {
         from_json(&answer)
     }
 
+    /// Makes the guest ready for a checkpoint. The answer is waited for as long as the request may take and this
+    /// client's limit besides. If this fails or its future is dropped, send [`AgentClient::thaw`]: that also ends what
+    /// is still under way. An answer that is not `ok` has left nothing frozen.
+    pub async fn freeze(&self, request: &Freeze) -> Result<FreezeAck, AgentError> {
+        let limit = self.limit.saturating_add(Duration::from_millis(request.limit_ms));
+        from_json(&self.ask_within("freeze", kind::FREEZE, &to_json(request)?, kind::FREEZE_ACK, limit).await?)
+    }
+
+    /// Lets all applications run again, and ends a [`AgentClient::freeze`] that is under way. May be repeated.
+    pub async fn thaw(&self) -> Result<ThawAck, AgentError> {
+        from_json(&self.ask("thaw", kind::THAW, &[], kind::THAW_ACK).await?)
+    }
+
+    /// Lets a clone go to work, when it has its identity and its network. The answer is waited for as long as the
+    /// request may take and this client's limit besides.
+    pub async fn release(&self, request: &Release) -> Result<ReleaseAck, AgentError> {
+        let limit = self.limit.saturating_add(Duration::from_millis(request.limit_ms));
+        from_json(&self.ask_within("release", kind::RELEASE, &to_json(request)?, kind::RELEASE_ACK, limit).await?)
+    }
+
     /// Has the guest power itself off in good order. Returns when that has begun; the virtual machine ends later.
     pub async fn shutdown(&self) -> Result<(), AgentError> {
         self.ask("shutdown", kind::SHUTDOWN, &[], kind::EXIT).await.map(drop)
@@ -143,13 +165,24 @@ impl AgentClient {
 
     /// One question, one answer.
     async fn ask(&self, what: &'static str, kind: u8, payload: &[u8], want: u8) -> Result<Vec<u8>, AgentError> {
+        self.ask_within(what, kind, payload, want, self.limit).await
+    }
+
+    async fn ask_within(
+        &self,
+        what: &'static str,
+        kind: u8,
+        payload: &[u8],
+        want: u8,
+        limit: Duration,
+    ) -> Result<Vec<u8>, AgentError> {
         let (to, answer) = oneshot::channel();
         let stream = self.channel.open(kind, payload, Sink::Answer(to))?;
         let _forget = Forget { channel: &self.channel, stream };
-        let (got, payload) = match timeout(self.limit, answer).await {
+        let (got, payload) = match timeout(limit, answer).await {
             Ok(Ok(event)) => event?,
             Ok(Err(_)) => return Err(self.channel.why_closed()),
-            Err(_) => return Err(AgentError::TimedOut { what, limit: self.limit }),
+            Err(_) => return Err(AgentError::TimedOut { what, limit }),
         };
         if got == want { Ok(payload) } else { Err(unexpected(got)) }
     }

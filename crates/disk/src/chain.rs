@@ -1,0 +1,343 @@
+//! The files of a frozen disk, as QEMU and its tools are told of them.
+
+use crate::{DiskId, ExtentMap, Kind, MAX_DISK, PAGE, extents::ExtentError, pages};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+/// Most overlays of a chain. QEMU gets slow long before ([`ChainError::TooDeep`]).
+pub const MAX_LAYERS: usize = 256;
+
+/// Why a chain cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChainError {
+    /// A size that no disk can have.
+    #[error("No disk can have {size} bytes: take a multiple of 512, at most {MAX_DISK} bytes")]
+    Size {
+        /// The size.
+        size: u64,
+    },
+    /// Neither a golden image nor an overlay.
+    #[error("The chain has no files: name its golden image or its overlays")]
+    Empty,
+    /// Too many overlays.
+    #[error("The chain has {layers} overlays, the limit is {MAX_LAYERS}: flatten it (`block-stream`)")]
+    TooDeep {
+        /// How many it has.
+        layers: usize,
+    },
+    /// A file that is not there.
+    #[error("Cannot read {path}, a file of the frozen disk: was its checkpoint removed?")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A path that JSON cannot say.
+    #[error("{path} is no text in UTF-8: give the disk's directory another name")]
+    Path {
+        /// The path.
+        path: PathBuf,
+    },
+    /// `qemu-img` is missing.
+    #[error("Cannot run qemu-img: install the package qemu-utils")]
+    NoQemuImg(#[source] io::Error),
+    /// `qemu-img` failed.
+    #[error("qemu-img cannot read the frozen disk {path}: {message}")]
+    QemuImg {
+        /// The uppermost overlay.
+        path: PathBuf,
+        /// What it said.
+        message: String,
+    },
+    /// Its answer makes no sense.
+    #[error("qemu-img's map of {path} cannot be used")]
+    Map {
+        /// The uppermost overlay.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ExtentError,
+    },
+}
+
+/// A golden image: a raw file that never changes, known by its content.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct GoldenRef {
+    /// The hash of its content.
+    pub hash: String,
+    /// Its size in bytes. It may be smaller than the disk: what follows is zero.
+    pub size: u64,
+}
+
+/// A frozen overlay.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct LayerFile {
+    /// The frozen disk whose uppermost overlay it is.
+    pub disk: DiskId,
+    /// The file, on the host of its checkpoint. Mode 0444.
+    pub path: PathBuf,
+}
+
+/// What a frozen disk is made of, for records and descriptors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChainSpec {
+    /// The disk's size in bytes.
+    pub size: u64,
+    /// What lies at the bottom; `None`: zeros.
+    pub golden: Option<GoldenRef>,
+    /// The overlays, oldest first.
+    pub layers: Vec<LayerFile>,
+}
+
+impl ChainSpec {
+    /// The files on this host, where the golden image lies at `golden`.
+    #[must_use]
+    pub fn paths(&self, golden: Option<&Path>) -> ChainPaths {
+        ChainPaths {
+            size: self.size,
+            golden: golden.filter(|_| self.golden.is_some()).map(Path::to_owned),
+            layers: self.layers.iter().map(|layer| layer.path.clone()).collect(),
+        }
+    }
+}
+
+/// The files of a frozen disk on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChainPaths {
+    /// The disk's size in bytes.
+    pub size: u64,
+    /// The golden image; `None`: zeros.
+    pub golden: Option<PathBuf>,
+    /// The overlays, oldest first. None at all: the disk is its golden image.
+    pub layers: Vec<PathBuf>,
+}
+
+impl ChainPaths {
+    /// Checks that the chain makes sense and that its files are there.
+    ///
+    /// # Errors
+    /// [`ChainError`].
+    pub fn check(&self) -> Result<(), ChainError> {
+        if self.size == 0 || self.size % 512 != 0 || self.size > MAX_DISK {
+            return Err(ChainError::Size { size: self.size });
+        }
+        if self.layers.len() > MAX_LAYERS {
+            return Err(ChainError::TooDeep { layers: self.layers.len() });
+        }
+        if self.golden.is_none() && self.layers.is_empty() {
+            return Err(ChainError::Empty);
+        }
+        for path in self.files() {
+            fs::File::open(path).map_err(|source| ChainError::File { path: path.to_owned(), source })?;
+            text(path)?;
+        }
+        Ok(())
+    }
+
+    /// All files, lowest first.
+    fn files(&self) -> impl Iterator<Item = &Path> {
+        self.golden.iter().chain(&self.layers).map(PathBuf::as_path)
+    }
+
+    /// The chain as QEMU block nodes, lowest first, for `blockdev-add` or `--blockdev`. All are read-only, take no locks,
+    /// and leave the host's page cache alone at `cont`. The uppermost node is called `PREFIX-top`.
+    ///
+    /// # Errors
+    /// [`ChainError::Path`].
+    pub fn nodes(&self, prefix: &str) -> Result<Vec<Value>, ChainError> {
+        let mut nodes = Vec::new();
+        let count = self.files().count();
+        let mut below = Value::Null;
+        for (number, path) in self.files().enumerate() {
+            let raw = number == 0 && self.golden.is_some();
+            let name = if number + 1 == count { format!("{prefix}-top") } else { format!("{prefix}-{number}") };
+            let mut node = json!({
+                "node-name": name, "driver": if raw { "raw" } else { "qcow2" },
+                "read-only": true, "force-share": true, "cache": {"direct": false},
+                "file": {
+                    "driver": "file", "filename": text(path)?, "read-only": true, "force-share": true,
+                    "drop-cache": false, "cache": {"direct": false},
+                },
+            });
+            if !raw {
+                node["backing"] = below;
+            } else if fs::metadata(path).is_ok_and(|m| m.len() % 512 != 0) {
+                // QEMU rounds the size up and reads zeros there.
+                tracing::debug!(path = %path.display(), "the golden image's size is no multiple of 512");
+            }
+            below = Value::String(name);
+            nodes.push(node);
+        }
+        Ok(nodes)
+    }
+
+    /// The overlays without the golden image, as a file name for `qemu-img`.
+    fn overlays(&self) -> Result<String, ChainError> {
+        let mut below = Value::Null;
+        for path in &self.layers {
+            below = json!({
+                "driver": "qcow2", "backing": below,
+                "file": {"driver": "file", "filename": text(path)?, "drop-cache": false},
+            });
+        }
+        Ok(format!("json:{below}"))
+    }
+}
+
+fn text(path: &Path) -> Result<&str, ChainError> {
+    path.to_str().ok_or_else(|| ChainError::Path { path: path.to_owned() })
+}
+
+/// A line of `qemu-img map --output=json`.
+#[derive(Debug, Deserialize)]
+struct Mapped {
+    start: u64,
+    length: u64,
+    present: bool,
+    zero: bool,
+}
+
+/// Which pages of a frozen disk are golden, zero or data. Looks at the overlays only, so its cost grows with what they
+/// hold and not with the disk.
+///
+/// # Errors
+/// [`ChainError`].
+pub fn extents(chain: &ChainPaths) -> Result<ExtentMap, ChainError> {
+    chain.check()?;
+    let golden = match &chain.golden {
+        Some(path) => {
+            let meta = fs::metadata(path).map_err(|source| ChainError::File { path: path.clone(), source })?;
+            pages(meta.len().min(chain.size))
+        }
+        None => 0,
+    };
+    let Some(top) = chain.layers.last() else {
+        let runs = [(golden, Kind::Golden), (pages(chain.size) - golden, Kind::Zero)];
+        let path = chain.golden.clone().unwrap_or_default();
+        return ExtentMap::from_runs(chain.size, runs).map_err(|source| ChainError::Map { path, source });
+    };
+    let output = Command::new("qemu-img")
+        .args(["map", "-U", "--output=json"])
+        .arg(chain.overlays()?)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(ChainError::NoQemuImg)?;
+    let failed = |message: String| ChainError::QemuImg { path: top.clone(), message };
+    if !output.status.success() {
+        return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    }
+    let mapped: Vec<Mapped> = serde_json::from_slice(&output.stdout).map_err(|err| failed(err.to_string()))?;
+    let end = mapped.last().map_or(0, |m| m.start.saturating_add(m.length));
+    if end != chain.size {
+        return Err(failed(format!("it has {end} bytes, {} were expected", chain.size)));
+    }
+    let runs = mapped.iter().map(|m| (m.start, m.length, m.present, m.zero));
+    by_pages(chain.size, golden, runs).map_err(|source| ChainError::Map { path: top.clone(), source })
+}
+
+/// Turns runs of bytes into runs of pages: a page that is not of one kind is data.
+fn by_pages(
+    size: u64,
+    golden: u64,
+    mapped: impl Iterator<Item = (u64, u64, bool, bool)>,
+) -> Result<ExtentMap, ExtentError> {
+    let mut runs: Vec<(u64, Kind)> = Vec::new();
+    let mut covered = 0;
+    let mut push = |end: u64, kind: Kind| {
+        if end > covered {
+            runs.push((end - covered, kind));
+            covered = end;
+        }
+    };
+    // The page that the run before ended inside, and the kind of its part, if it was one.
+    let mut open: Option<(u64, Kind)> = None;
+    for (start, length, present, zero) in mapped {
+        let end = start + length;
+        // What no overlay has is golden as far as the golden image reaches, and zero beyond.
+        let edge = (golden * PAGE).clamp(start, end);
+        let parts = match (present, zero) {
+            (false, _) => [(start, edge, Kind::Golden), (edge, end, Kind::Zero)],
+            (true, true) => [(start, end, Kind::Zero), (end, end, Kind::Zero)],
+            (true, false) => [(start, end, Kind::Data), (end, end, Kind::Data)],
+        };
+        for (start, end, kind) in parts {
+            if start == end {
+                continue;
+            }
+            let mut first = start / PAGE;
+            if let Some((page, before)) = open {
+                let kind = if before == kind { kind } else { Kind::Data };
+                if end < (page + 1) * PAGE && end < size {
+                    open = Some((page, kind));
+                    continue;
+                }
+                push(page + 1, kind);
+                open = None;
+                first = page + 1;
+            }
+            let last = if end == size { pages(size) } else { end / PAGE };
+            if last > first {
+                push(last, kind);
+            }
+            if end < size && end % PAGE != 0 && end / PAGE >= first {
+                open = Some((end / PAGE, kind));
+            }
+        }
+    }
+    ExtentMap::from_runs(size, runs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn pages_of_several_kinds_are_data(
+            runs in prop::collection::vec((1u64..30, 0u8..3), 1..40),
+            golden in 0u64..40,
+        ) {
+            let mut at = 0;
+            let mut mapped = Vec::new();
+            let mut model = Vec::new();
+            for (sectors, kind) in runs {
+                mapped.push((at * 512, sectors * 512, kind != 0, kind == 1));
+                for sector in at..at + sectors {
+                    model.push(match kind {
+                        0 if sector / 8 < golden => Kind::Golden,
+                        0 | 1 => Kind::Zero,
+                        _ => Kind::Data,
+                    });
+                }
+                at += sectors;
+            }
+            let map = by_pages(at * 512, golden, mapped.into_iter()).unwrap();
+            for (page, sectors) in model.chunks(8).enumerate() {
+                let wanted = if sectors.iter().all(|k| *k == sectors[0]) { sectors[0] } else { Kind::Data };
+                prop_assert_eq!(map.at(page as u64).unwrap().kind, wanted, "page {}", page);
+            }
+        }
+    }
+
+    #[test]
+    fn a_chain_names_its_nodes_from_below() {
+        let chain = ChainPaths { size: 512, golden: Some("/g".into()), layers: vec!["/1".into(), "/2".into()] };
+        let nodes = chain.nodes("n").unwrap();
+        let names: Vec<_> = nodes.iter().map(|n| n["node-name"].as_str().unwrap()).collect();
+        assert_eq!(names, ["n-0", "n-1", "n-top"]);
+        assert_eq!((&nodes[1]["backing"], &nodes[2]["backing"]), (&json!("n-0"), &json!("n-1")));
+        assert_eq!(nodes[0]["driver"], "raw");
+        let alone = ChainPaths { golden: None, layers: vec!["/1".into()], ..chain };
+        assert_eq!(alone.nodes("n").unwrap()[0]["backing"], Value::Null);
+        assert!(matches!(ChainPaths { layers: vec![], ..alone }.check(), Err(ChainError::Empty)));
+    }
+}
