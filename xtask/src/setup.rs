@@ -11,14 +11,15 @@ use anyhow::{Context as _, Result, bail};
 use crate::run::{Tool, find, say, step};
 
 /// What has to be on the machine: a file or program that tells, and the package that brings it.
-const NEEDED: [(Probe, &str, &str); 10] = [
+const NEEDED: [(Probe, &str, &str); 11] = [
     (Probe::Program("qemu-system-x86_64"), "qemu-system-x86", "runs the VMs"),
     (Probe::Program("ip"), "iproute2", "makes the hosts of a lab"),
     (Probe::Program("dpkg-deb"), "dpkg", "unpacks the guest's packages"),
     (Probe::Program("xz"), "xz-utils", "unpacks them"),
     (Probe::Program("zstd"), "zstd", "unpacks them"),
     (Probe::Program("setpriv"), "util-linux", "ends the VMs of benches and tests with them"),
-    (Probe::Program("mkfs.ext4"), "e2fsprogs", "makes the disk of a bench's VMs"),
+    (Probe::Program("mkfs.ext4"), "e2fsprogs", "makes disks of VMs"),
+    (Probe::Program("mmdebstrap"), "mmdebstrap", "installs the packages of guests with a disk"),
     (Probe::Program("cc"), "gcc", "links Rust programs"),
     (Probe::Library("libc.a"), "libc6-dev", "links the guest's agent statically"),
     (Probe::File("/etc/ssl/certs/ca-certificates.crt"), "ca-certificates", "lets apt and cargo download"),

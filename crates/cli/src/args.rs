@@ -146,6 +146,13 @@ pub(crate) struct ImageBuildArgs {
     /// trixie-backports, sid.
     #[arg(long, value_name = "SUITE")]
     pub(crate) suite: Option<String>,
+    /// Install the packages, with systemd, on a disk of the image, instead of unpacking them into memory: services run
+    /// as on any Debian machine. Only root can do it.
+    #[arg(long)]
+    pub(crate) debian: bool,
+    /// Size of that disk. What is never written takes no room.
+    #[arg(long, default_value = "2G", value_name = "SIZE", requires = "debian")]
+    pub(crate) size: ByteSize,
     /// A file or directory of this machine to add.
     #[arg(long, value_name = "PATH:GUESTPATH")]
     pub(crate) add: Vec<String>,
@@ -153,7 +160,7 @@ pub(crate) struct ImageBuildArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) agent: Option<PathBuf>,
     /// Make an image of the bare-metal test guest in this file, instead of a Linux one.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["packages", "suite", "add", "agent"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["packages", "suite", "debian", "size", "add", "agent"])]
     pub(crate) tiny: Option<PathBuf>,
     /// Replace an image of this name.
     #[arg(long)]

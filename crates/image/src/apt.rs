@@ -35,6 +35,20 @@ impl Deb {
     }
 }
 
+/// What an installed system has, whatever else is in it: patterns of apt.
+const SYSTEM: [&str; 3] = ["?essential", "?priority(required)", "apt"];
+
+/// Package lists, as another apt can read them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Lists {
+    /// Where they are.
+    pub(crate) dir: PathBuf,
+    /// Sources that have them, in apt's format of one line each.
+    pub(crate) sources: String,
+    /// The same for the guest's own use later: without passwords, and without the files of this machine.
+    pub(crate) lasting: String,
+}
+
 /// apt with its own places for what it would write.
 #[derive(Debug)]
 pub(crate) struct Apt {
@@ -158,6 +172,12 @@ impl Mirror {
         };
         std::iter::once(suite).chain(base_suite(suite)).map(line).collect()
     }
+
+    /// The same for a guest.
+    fn lasting(&self, suite: &str) -> String {
+        let line = |suite: &str| format!("deb {} {suite} main\n", self.shown);
+        std::iter::once(suite).chain(base_suite(suite)).map(line).collect()
+    }
 }
 
 impl Apt {
@@ -249,6 +269,63 @@ impl Apt {
     /// Whether the distribution has a package of that name.
     pub(crate) fn has(&self, package: &str) -> bool {
         run(self.command(&self.empty).args(["--print-uris", "install", "--", package])).is_ok_and(|output| output.good)
+    }
+
+    /// What [`Apt::resolve`] finds for the packages and for what every installed system has.
+    pub(crate) fn resolve_system(&self, packages: &[&str]) -> Result<Vec<Deb>, ImageError> {
+        // Names are checked there. A system that cannot be resolved is not the fault of one of them.
+        self.resolve(packages)?;
+        let output =
+            run(self.command(&self.empty).args(["--print-uris", "install", "--"]).args(SYSTEM).args(packages))?;
+        if !output.good {
+            let what = format!("find what a system with {} needs", packages.join(", "));
+            return Err(ImageError::Apt { what, reason: output.stderr });
+        }
+        let mut found: Vec<Deb> = output.stdout.lines().filter_map(parse_uri).collect();
+        found.sort();
+        found.dedup();
+        Ok(found)
+    }
+
+    /// Downloads what [`Apt::resolve_system`] finds for the same packages, unless it is there.
+    pub(crate) fn download_system(
+        &self,
+        packages: &[&str],
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(), ImageError> {
+        let all: Vec<&str> = SYSTEM.iter().chain(packages).copied().collect();
+        self.download(&all, progress)
+    }
+
+    /// Where a downloaded package is.
+    pub(crate) fn path(&self, deb: &Deb) -> PathBuf {
+        self.archives.join(&deb.file)
+    }
+
+    /// The package lists that this resolves with, and a list of sources that has them: with it an apt elsewhere can
+    /// read the lists.
+    pub(crate) fn lists(&self) -> Result<Lists, ImageError> {
+        if let Some(suite) = &self.suite {
+            let sources = suite.mirror.sources(&suite.name);
+            let lasting = suite.mirror.lasting(&suite.name);
+            return Ok(Lists { dir: suite.lists.clone(), sources, lasting });
+        }
+        let output = run(Command::new("apt-get").env("LC_ALL", "C").stdin(Stdio::null()).args([
+            "indextargets",
+            "--format",
+            MIRROR_FORMAT,
+            "Created-By: Packages",
+        ]))?;
+        let dir = run(Command::new("apt-config").env("LC_ALL", "C").stdin(Stdio::null()).args([
+            "shell",
+            "DIR",
+            "Dir::State::lists/d",
+        ]))?;
+        let Some(dir) = dir.stdout.trim().strip_prefix("DIR='").and_then(|dir| dir.strip_suffix('\'')) else {
+            return Err(ImageError::Apt { what: "find this machine's package lists".into(), reason: dir.stderr });
+        };
+        let (sources, lasting) = sources_of(&output.stdout);
+        Ok(Lists { dir: PathBuf::from(dir), sources, lasting })
     }
 
     /// Downloads what [`Apt::resolve`] finds for the same packages, unless it is there.
@@ -379,6 +456,31 @@ fn find_mirror(targets: &str, id: &str) -> Option<Mirror> {
     })
 }
 
+/// Lists of sources out of all that this machine has, given as [`MIRROR_FORMAT`]: one to read its package lists by, and
+/// one for guests, of what is signed by a distribution's own package of keys.
+fn sources_of(targets: &str) -> (String, String) {
+    let (mut sources, mut lasting) = (String::new(), String::new());
+    for line in targets.lines() {
+        let fields: Vec<&str> = line.splitn(6, '|').collect();
+        let [uri, site, component, release, origin, _] = fields.as_slice() else { continue };
+        let word =
+            |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b));
+        if !is_mirror(uri) || !word(component) || !word(release) {
+            continue;
+        }
+        let add = |to: &mut String, line: String| {
+            if !to.contains(&line) {
+                to.push_str(&line);
+            }
+        };
+        add(&mut sources, format!("deb [target=Packages] {uri} {release} {component}\n"));
+        if ["debian", "ubuntu"].contains(&origin.to_lowercase().as_str()) {
+            add(&mut lasting, format!("deb {} {release} {component}\n", site.trim_end_matches('/')));
+        }
+    }
+    (sources, lasting)
+}
+
 /// Whether that can stand in a list of sources as it is, and has more than one suite.
 fn is_mirror(uri: &str) -> bool {
     let plain = |c: char| c.is_ascii_graphic() && !"[]#\"".contains(c);
@@ -483,6 +585,24 @@ http://later/debian/|http://later/debian|main|bookworm|Debian|$(SIGNED_BY)
         // Lists that were never read have no origin.
         assert_eq!(find_mirror("http://x/|http://x|main|bookworm|$(ORIGIN)|$(SIGNED_BY)", "debian"), None);
         assert_eq!(find_mirror("garbage\n|||||\n||", "debian"), None);
+    }
+
+    #[test]
+    fn sources_are_those_of_this_machine_without_its_secrets() {
+        let targets = "\
+http://u:p@x/debian/|http://x/debian|main|bookworm|Debian|$(SIGNED_BY)
+http://u:p@x/debian/|http://x/debian|main|bookworm|Debian|$(SIGNED_BY)
+http://x/sec/|http://x/sec|main|bookworm-security|Debian|/k
+http://other/|http://other|main|nodistro|. nodistro|/k
+http://x/|http://x|$(COMPONENT)|a b|Debian|
+cdrom:[x]/|cdrom|main|bookworm|Debian|
+";
+        let (sources, lasting) = sources_of(targets);
+        let expected = "deb [target=Packages] http://u:p@x/debian/ bookworm main\n\
+                        deb [target=Packages] http://x/sec/ bookworm-security main\n\
+                        deb [target=Packages] http://other/ nodistro main\n";
+        assert_eq!(sources, expected);
+        assert_eq!(lasting, "deb http://x/debian bookworm main\ndeb http://x/sec bookworm-security main\n");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// The kernel's command line. The console is the serial port; a panic ends the VM instead of hanging it.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check";
+pub(crate) const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check";
 
 /// Packages that bring the kernel, the first that the distribution has: Debian's for clouds, Ubuntu's, any Debian's.
 const KERNELS: [&str; 3] = ["linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64"];
@@ -61,8 +61,12 @@ pub enum Stage {
     Downloading,
     /// Unpacking packages.
     Unpacking,
+    /// Installing packages.
+    Installing,
     /// Writing the initramfs.
     Packing,
+    /// Making the disk.
+    Formatting,
 }
 
 impl std::fmt::Display for Stage {
@@ -72,6 +76,8 @@ impl std::fmt::Display for Stage {
             Self::Resolving => "resolving packages",
             Self::Downloading => "downloading packages",
             Self::Unpacking => "unpacking packages",
+            Self::Installing => "installing packages",
+            Self::Formatting => "making the disk",
             Self::Packing => "packing the initramfs",
         })
     }
@@ -263,7 +269,7 @@ fn names_of(depends: &[String]) -> impl Iterator<Item = String> {
 }
 
 /// The first of the kernels that the distribution has.
-fn kernel_package(apt: &Apt) -> Result<&'static str, ImageError> {
+pub(crate) fn kernel_package(apt: &Apt) -> Result<&'static str, ImageError> {
     KERNELS.into_iter().find(|name| apt.has(name)).ok_or_else(|| {
         let all = KERNELS.join(", ");
         match apt.suite() {
@@ -283,18 +289,18 @@ fn kernel_package(apt: &Apt) -> Result<&'static str, ImageError> {
 
 /// Whether a package has the kernel or its modules. Newer suites have `vmlinuz` in `linux-binary-VERSION`, and
 /// `linux-image-VERSION` does no more than depend on the parts.
-fn is_kernel(deb: &Deb) -> bool {
+pub(crate) fn is_kernel(deb: &Deb) -> bool {
     ["linux-image-", "linux-binary-", "linux-modules-"].iter().any(|start| deb.name().starts_with(start))
 }
 
 /// `/lib/WHAT` of a kernel's packages, wherever their distribution has it.
-fn kernel_dir(kernel: &Path, what: &str) -> PathBuf {
+pub(crate) fn kernel_dir(kernel: &Path, what: &str) -> PathBuf {
     let merged = kernel.join("usr/lib").join(what);
     if merged.is_dir() { merged } else { kernel.join("lib").join(what) }
 }
 
 /// The kernel and its version: `/boot/vmlinuz-VERSION`, or in newer suites `vmlinuz` beside its modules.
-fn find_kernel(root: &Path, package: &str) -> Result<(PathBuf, String), ImageError> {
+pub(crate) fn find_kernel(root: &Path, package: &str) -> Result<(PathBuf, String), ImageError> {
     let mut found = Vec::new();
     for name in names_in(&root.join("boot"))? {
         if let Some(version) = name.strip_prefix("vmlinuz-") {
@@ -324,7 +330,7 @@ fn is_under(path: &str, dir: &str) -> bool {
 }
 
 /// Only an agent that needs no library runs in every guest.
-fn check_agent(path: &Path) -> Result<(), ImageError> {
+pub(crate) fn check_agent(path: &Path) -> Result<(), ImageError> {
     let bad = |reason: &str| ImageError::Agent { path: path.to_owned(), reason: reason.to_owned() };
     let bytes = fs::read(path).map_err(|error| bad(&error.to_string()))?;
     let word = |at: usize, len: usize| -> Option<u64> {

@@ -56,6 +56,42 @@ pub enum ImageError {
         /// Why.
         source: io::Error,
     },
+    /// A program that Debian images need is missing.
+    #[error("cannot run `{tool}`: {source}; install it with `apt-get install {package}`")]
+    NoTool {
+        /// The program.
+        tool: String,
+        /// The package that brings it.
+        package: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something that only root may do.
+    #[error(
+        "only root can {what}, since packages are installed as their owners; run it as root, for example with `sudo`"
+    )]
+    NotRoot {
+        /// What was tried.
+        what: String,
+    },
+    /// Packages that cannot be installed.
+    #[error("cannot install the packages: {reason}; try with fewer packages to find the one that fails")]
+    Install {
+        /// What the installation said.
+        reason: String,
+    },
+    /// The disk has no room for the system.
+    #[error(
+        "a disk of {} MiB has no room for the system; use `--size {}M` or more",
+        size >> 20,
+        needed >> 20
+    )]
+    DiskTooSmall {
+        /// Bytes of the disk.
+        size: u64,
+        /// Bytes that are needed.
+        needed: u64,
+    },
     /// No such package.
     #[error("the distribution has no package {package:?}; check the name with `apt-cache search`")]
     NoPackage {
@@ -156,6 +192,13 @@ pub enum ImageError {
         /// Why not.
         source: io::Error,
     },
+}
+
+impl ImageError {
+    /// A tool that cannot be run, and the package that brings it.
+    pub(crate) fn missing_tool(tool: &str, package: &str, source: io::Error) -> Self {
+        Self::NoTool { tool: tool.to_owned(), package: package.to_owned(), source }
+    }
 }
 
 /// Names the file in an error.

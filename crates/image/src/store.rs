@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use xxhash_rust::xxh3::Xxh3;
 
 /// Version of `image.json`.
@@ -46,6 +46,21 @@ pub struct FileRecord {
     pub xxh3: String,
 }
 
+/// The disk of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskRecord {
+    /// Its name in the image's directory.
+    pub file: String,
+    /// Its size in bytes, as a guest sees it.
+    pub size: u64,
+    /// Bytes that it took on this host when it was made: what was never written takes none.
+    pub stored: u64,
+    /// XXH3 (128 bits) of all its bytes, as 32 hexadecimal digits: the same on every host that has this disk.
+    pub xxh3_128: String,
+    /// When its file was changed last: seconds since 1970. While file and record agree, the bytes need not be read.
+    pub modified: u64,
+}
+
 /// `image.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -72,7 +87,21 @@ pub struct Manifest {
     /// The distribution's suite that it was made of, when that is not the machine's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suite: Option<String>,
+    /// The disk, for images whose root is on one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskRecord>,
 }
+
+impl Manifest {
+    /// Bytes of all files, as they are stored.
+    pub fn stored(&self) -> u64 {
+        let initrd = self.initrd.as_ref().map_or(0, |record| record.size);
+        self.kernel.size + initrd + self.disk.as_ref().map_or(0, |record| record.stored)
+    }
+}
+
+/// What is wrong with a file that has the right size.
+const CHANGED: &str = "has other bytes than when it was built";
 
 /// An image whose files are whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,9 +123,76 @@ impl Image {
         self.manifest.initrd.as_ref().map(|record| self.dir.join(&record.file))
     }
 
-    /// Bytes of all files.
+    /// Path of the disk: raw, read-only, an ext4 file system without a partition table.
+    pub fn disk(&self) -> Option<PathBuf> {
+        self.manifest.disk.as_ref().map(|record| self.dir.join(&record.file))
+    }
+
+    /// Bytes of all files, as they are stored.
     pub fn size(&self) -> u64 {
-        self.manifest.kernel.size + self.manifest.initrd.as_ref().map_or(0, |record| record.size)
+        self.manifest.stored()
+    }
+
+    /// Reads all files and holds them against the manifest. Loading does so for all but the disk.
+    ///
+    /// # Errors
+    /// [`ImageError::Damaged`] with the first file that is not as it was built.
+    pub fn verify(&self) -> Result<(), ImageError> {
+        for record in std::iter::once(&self.manifest.kernel).chain(&self.manifest.initrd) {
+            self.check(record)?;
+        }
+        self.manifest.disk.as_ref().map_or(Ok(()), |record| self.check_disk(record))
+    }
+
+    fn damaged(&self, file: &str, what: String) -> ImageError {
+        ImageError::Damaged { name: self.manifest.name.clone(), file: self.dir.join(file), what }
+    }
+
+    /// What an error of reading a file of the image means.
+    fn unreadable(&self, file: &str, error: ImageError) -> ImageError {
+        match error {
+            ImageError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                self.damaged(file, "is missing".into())
+            }
+            other => other,
+        }
+    }
+
+    fn check(&self, record: &FileRecord) -> Result<(), ImageError> {
+        let found = record_of(&self.dir, &record.file).map_err(|error| self.unreadable(&record.file, error))?;
+        if found.size != record.size {
+            return Err(self.damaged(&record.file, format!("has {} bytes instead of {}", found.size, record.size)));
+        }
+        if found.xxh3 != record.xxh3 {
+            return Err(self.damaged(&record.file, CHANGED.into()));
+        }
+        Ok(())
+    }
+
+    /// Size and time of the disk; its bytes only if the time is another. Such is a copy of an image: with the right
+    /// bytes it gets the time back, if that may be written.
+    fn glance(&self, record: &DiskRecord) -> Result<(), ImageError> {
+        let path = self.dir.join(&record.file);
+        let metadata =
+            fs::metadata(&path).named("read", &path).map_err(|error| self.unreadable(&record.file, error))?;
+        if metadata.len() == record.size && metadata.modified().is_ok_and(|time| seconds(time) == record.modified) {
+            return Ok(());
+        }
+        self.check_disk(record)?;
+        let _ = File::open(&path).and_then(|file| file.set_modified(UNIX_EPOCH + Duration::from_secs(record.modified)));
+        Ok(())
+    }
+
+    fn check_disk(&self, record: &DiskRecord) -> Result<(), ImageError> {
+        let path = self.dir.join(&record.file);
+        let (size, hash) = hash_disk(&path).map_err(|error| self.unreadable(&record.file, error))?;
+        if size != record.size {
+            return Err(self.damaged(&record.file, format!("has {size} bytes instead of {}", record.size)));
+        }
+        if hash != record.xxh3_128 {
+            return Err(self.damaged(&record.file, CHANGED.into()));
+        }
+        Ok(())
     }
 }
 
@@ -143,26 +239,16 @@ impl ImageStore {
         Ok(found)
     }
 
-    /// The image of that name, after a check of its files' sizes and checksums.
+    /// The image of that name, after a check of its files' sizes and checksums. Of a disk size and
+    /// time are checked: [`Image::verify`] reads it.
     pub fn load(&self, name: &str) -> Result<Image, ImageError> {
         let manifest = self.manifest(name)?;
         let image = Image { dir: self.dir.join(name), manifest };
         for record in std::iter::once(&image.manifest.kernel).chain(&image.manifest.initrd) {
-            let path = image.dir.join(&record.file);
-            let damaged = |what: String| ImageError::Damaged { name: name.to_owned(), file: path.clone(), what };
-            let found = match record_of(&image.dir, &record.file) {
-                Ok(found) => found,
-                Err(ImageError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                    return Err(damaged("is missing".into()));
-                }
-                Err(error) => return Err(error),
-            };
-            if found.size != record.size {
-                return Err(damaged(format!("has {} bytes instead of {}", found.size, record.size)));
-            }
-            if found.xxh3 != record.xxh3 {
-                return Err(damaged("has other bytes than when it was built".into()));
-            }
+            image.check(record)?;
+        }
+        if let Some(record) = &image.manifest.disk {
+            image.glance(record)?;
         }
         Ok(image)
     }
@@ -199,6 +285,7 @@ impl ImageStore {
             contents: Vec::new(),
             kernel_version: env!("CARGO_PKG_VERSION").into(),
             suite: None,
+            disk: None,
         };
         self.publish(work, manifest)
     }
@@ -225,8 +312,11 @@ impl ImageStore {
             return Err(ImageError::Format { name: name.to_owned(), found: head.format, known: FORMAT });
         }
         let manifest: Manifest = serde_json::from_slice(&text).map_err(unclear)?;
-        let plain = |record: &FileRecord| !record.file.is_empty() && !record.file.contains('/') && record.file != "..";
-        if manifest.name != name || !plain(&manifest.kernel) || !manifest.initrd.as_ref().is_none_or(plain) {
+        let plain = |file: &str| !file.is_empty() && !file.contains('/') && file != "..";
+        let files = std::iter::once(&manifest.kernel).chain(&manifest.initrd).map(|record| &record.file);
+        if manifest.name != name
+            || !files.chain(manifest.disk.as_ref().map(|record| &record.file)).all(|file| plain(file))
+        {
             return Err(damaged("does not belong to this image".into()));
         }
         Ok(manifest)
@@ -266,6 +356,10 @@ impl ImageStore {
             let path = work.path().join(&record.file);
             fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).named("open up", &path)?;
         }
+        if let Some(record) = &manifest.disk {
+            let path = work.path().join(&record.file);
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o444)).named("close", &path)?;
+        }
         let dir = self.dir.join(&manifest.name);
         let cwd = rustix::fs::CWD;
         let exchange = rustix::fs::RenameFlags::EXCHANGE;
@@ -303,6 +397,7 @@ impl ImageStore {
             contents,
             kernel_version,
             suite: suite.map(str::to_owned),
+            disk: None,
         })
     }
 }
@@ -331,8 +426,56 @@ fn record_of(dir: &Path, file: &str) -> Result<FileRecord, ImageError> {
     Ok(FileRecord { file: file.to_owned(), size, xxh3: format!("{:016x}", hasher.digest()) })
 }
 
+/// The record of the disk `file` in `dir`, which gets the time `modified`.
+pub(crate) fn disk_record_of(dir: &Path, file: &str, modified: u64) -> Result<DiskRecord, ImageError> {
+    use std::os::unix::fs::MetadataExt;
+    let path = dir.join(file);
+    let (size, xxh3_128) = hash_disk(&path)?;
+    let time = UNIX_EPOCH + Duration::from_secs(modified);
+    let set = File::options().write(true).open(&path).and_then(|file| file.set_modified(time));
+    set.named("set the time of", &path)?;
+    let stored = fs::metadata(&path).named("read", &path)?.blocks() * 512;
+    Ok(DiskRecord { file: file.to_owned(), size, stored, xxh3_128, modified })
+}
+
+/// Size and XXH3 (128 bits) of a file. Of holes nothing is read.
+fn hash_disk(path: &Path) -> Result<(u64, String), ImageError> {
+    use rustix::fs::{SeekFrom, seek};
+    use std::os::unix::fs::FileExt;
+    let file = File::open(path).named("open", path)?;
+    let size = file.metadata().named("read", path)?.len();
+    let mut hasher = Xxh3::new();
+    let (mut buffer, zeros) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    let mut at = 0;
+    while at < size {
+        // A file system that does not tell holes has none.
+        let data = match seek(&file, SeekFrom::Data(at)) {
+            Ok(data) => data.min(size),
+            Err(rustix::io::Errno::NXIO) => size,
+            Err(_) => at,
+        };
+        while at < data {
+            let length = (data - at).min(zeros.len() as u64) as usize;
+            hasher.update(&zeros[..length]);
+            at += length as u64;
+        }
+        let end = seek(&file, SeekFrom::Hole(at)).unwrap_or(size).min(size);
+        while at < end {
+            let length = (end - at).min(buffer.len() as u64) as usize;
+            file.read_exact_at(&mut buffer[..length], at).named("read", path)?;
+            hasher.update(&buffer[..length]);
+            at += length as u64;
+        }
+    }
+    Ok((size, format!("{:032x}", hasher.digest128())))
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
 fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+    seconds(SystemTime::now())
 }
 
 #[cfg(test)]
@@ -392,6 +535,60 @@ mod tests {
         assert_eq!(store.load("tiny").unwrap().manifest.suite, None);
         fs::write(&path, json.replace("\"format\": 1,", "\"format\": 1, \"suite\": \"sid\",")).unwrap();
         assert_eq!(store.load("tiny").unwrap().manifest.suite.as_deref(), Some("sid"));
+    }
+
+    /// A store with an image that has a sparse disk.
+    fn store_with_disk() -> (tempfile::TempDir, ImageStore) {
+        let (dir, store) = store();
+        let path = store.dir().join("tiny/disk");
+        let disk = File::create(&path).unwrap();
+        disk.set_len(8 << 20).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&disk, b"golden", 3 << 20).unwrap();
+        let record = disk_record_of(&store.dir().join("tiny"), "disk", 1_600_000_000).unwrap();
+        let mut manifest = store.load("tiny").unwrap().manifest;
+        assert!(manifest.disk.is_none() && record.stored < 1 << 20);
+        manifest.disk = Some(record);
+        fs::write(store.dir().join("tiny/image.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        (dir, store)
+    }
+
+    #[test]
+    fn a_disk_is_known_by_its_bytes_and_not_read_at_each_load() {
+        let (_dir, store) = store_with_disk();
+        let image = store.load("tiny").unwrap();
+        let record = image.manifest.disk.clone().unwrap();
+        let path = image.disk().unwrap();
+        let mut whole = vec![0; 8 << 20];
+        whole[3 << 20..(3 << 20) + 6].copy_from_slice(b"golden");
+        assert_eq!(record.xxh3_128, format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&whole)));
+        assert_eq!(image.size(), 100_000 + record.stored);
+        image.verify().unwrap();
+        let time = |seconds| {
+            File::options().write(true).open(&path).unwrap().set_modified(UNIX_EPOCH + Duration::from_secs(seconds))
+        };
+        // Stored without holes and at another time: the same disk.
+        fs::write(&path, &whole).unwrap();
+        assert_eq!(store.load("tiny").unwrap(), image);
+        assert_eq!(seconds(fs::metadata(&path).unwrap().modified().unwrap()), record.modified, "known again");
+        whole[0] = 1;
+        fs::write(&path, &whole).unwrap();
+        assert!(store.load("tiny").unwrap_err().to_string().contains("other bytes"));
+        time(record.modified).unwrap();
+        store.load("tiny").unwrap();
+        assert!(image.verify().unwrap_err().to_string().contains("disk has other bytes"));
+        fs::write(&path, &whole[1..]).unwrap();
+        assert!(store.load("tiny").unwrap_err().to_string().contains("bytes instead of"));
+        fs::remove_file(&path).unwrap();
+        assert!(store.load("tiny").unwrap_err().to_string().contains("is missing"));
+    }
+
+    #[test]
+    fn a_disk_cannot_be_outside_its_image() {
+        let (_dir, store) = store_with_disk();
+        let path = store.dir().join("tiny/image.json");
+        let json = fs::read_to_string(&path).unwrap();
+        fs::write(&path, json.replace("\"file\":\"disk\"", "\"file\":\"../disk\"")).unwrap();
+        assert!(store.load("tiny").unwrap_err().to_string().contains("does not belong"));
     }
 
     #[test]

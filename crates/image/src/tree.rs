@@ -5,7 +5,7 @@
 use crate::cpio::{Entry, Writer};
 use crate::error::{ImageError, Named};
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -134,6 +134,43 @@ impl Tree {
         Ok(())
     }
 
+    /// Lays everything over the directory `root`. What is there and is no directory is replaced; directories that are
+    /// there stay as they are.
+    pub(crate) fn lay_over(&self, root: &Path) -> Result<(), ImageError> {
+        for (path, item) in &self.items {
+            let to = root.join(path);
+            let there = fs::symlink_metadata(&to).ok();
+            match &item.node {
+                Node::Dir | Node::Link(_) if there.as_ref().is_some_and(fs::Metadata::is_dir) => continue,
+                // The links of a merged root.
+                Node::Dir if to.is_dir() => continue,
+                _ if there.is_some() => fs::remove_file(&to).named("replace", &to)?,
+                _ => {}
+            }
+            match &item.node {
+                Node::Dir => fs::create_dir(&to).named("make", &to)?,
+                Node::Link(target) => std::os::unix::fs::symlink(target, &to).named("make", &to)?,
+                Node::Bytes(bytes) => fs::write(&to, bytes).named("write", &to)?,
+                Node::File(from) => {
+                    fs::copy(from, &to).named("copy", from)?;
+                    let modified = fs::metadata(from).and_then(|metadata| metadata.modified()).named("read", from)?;
+                    File::options()
+                        .write(true)
+                        .open(&to)
+                        .and_then(|file| file.set_modified(modified))
+                        .named("write", &to)?;
+                }
+                Node::Char(..) => continue,
+            }
+            let (uid, gid) = item.owner;
+            std::os::unix::fs::lchown(&to, Some(uid), Some(gid)).named("change the owner of", &to)?;
+            if !matches!(item.node, Node::Link(_)) {
+                fs::set_permissions(&to, fs::Permissions::from_mode(item.mode)).named("change", &to)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Writes everything.
     pub(crate) fn write<W: Write>(&self, to: W, path_of_archive: &Path) -> Result<W, ImageError> {
         let mut writer = Writer::new(to);
@@ -206,6 +243,33 @@ mod tests {
         assert_eq!(keys(&make(false)), ["a", "a/b", "a/b-d", "a/b/c", "z"]);
         let bytes = |tree: Tree| tree.write(Vec::new(), Path::new("x")).unwrap();
         assert_eq!(bytes(make(false)), bytes(make(true)));
+    }
+
+    #[test]
+    fn a_tree_is_laid_over_another_and_replaces_links_instead_of_what_they_point_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        fs::create_dir_all(root.join("usr/bin")).unwrap();
+        fs::create_dir(root.join("etc")).unwrap();
+        std::os::unix::fs::symlink("usr/bin", root.join("bin")).unwrap();
+        fs::write(dir.path().join("outside"), "mine").unwrap();
+        std::os::unix::fs::symlink(dir.path().join("outside"), root.join("etc/resolv.conf")).unwrap();
+        let mut tree = Tree::default();
+        tree.bytes("/etc/resolv.conf", 0o600, "new");
+        tree.bytes("/bin/tool", 0o755, "tool");
+        tree.link("/etc/unit", "/dev/null");
+        tree.dir("/srv/deep", 0o700);
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        for _ in 0..2 {
+            tree.lay_over(&root).unwrap();
+            assert_eq!(fs::read(root.join("etc/resolv.conf")).unwrap(), b"new");
+            assert_eq!(fs::read(dir.path().join("outside")).unwrap(), b"mine");
+            assert_eq!(fs::metadata(root.join("usr/bin/tool")).unwrap().permissions().mode() & 0o7777, 0o755);
+            assert_eq!(fs::metadata(root.join("srv/deep")).unwrap().permissions().mode() & 0o7777, 0o700);
+            assert_eq!(fs::read_link(root.join("etc/unit")).unwrap(), Path::new("/dev/null"));
+        }
     }
 
     #[test]

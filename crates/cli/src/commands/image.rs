@@ -58,21 +58,28 @@ async fn build(context: &Context, args: &ImageBuildArgs) -> Result<()> {
                 agent: agent(args)?,
                 replace: args.replace,
             };
+            let disk = args.debian.then_some(args.size);
             Box::new(move || {
                 let bar = Bar::new();
-                Ok(store.build(&options, &mut |progress| bar.set(progress))?)
+                let mut progress = |progress| bar.set(progress);
+                Ok(match disk {
+                    Some(size) => store.build_debian(&options, size.bytes(), &mut progress)?,
+                    None => store.build(&options, &mut progress)?,
+                })
             })
         }
     };
     let image = tokio::task::spawn_blocking(work).await.context("Building broke")??;
     let built = Built { bytes: image.size(), dir: image.dir, manifest: image.manifest };
     context.out.show(&built, |b| {
+        let disk = b.manifest.disk.as_ref();
         format!(
-            "Image {} in {}: {}, kernel {}",
+            "Image {} in {}: {}, kernel {}{}",
             b.manifest.name,
             b.dir.display(),
             output::bytes(b.bytes),
-            b.manifest.kernel_version
+            b.manifest.kernel_version,
+            disk.map_or_else(String::new, |disk| format!(", disk {} ({})", output::bytes(disk.size), disk.xxh3_128))
         )
     })
 }
@@ -120,13 +127,13 @@ impl Drop for Bar {
 }
 
 fn table(manifests: &[Manifest]) -> String {
-    let mut rows = Rows::new(&["NAME", "GUEST", ">SIZE", "KERNEL", "SUITE", "AGE", "PACKAGES"]);
+    let mut rows = Rows::new(&["NAME", "GUEST", ">SIZE", ">DISK", "KERNEL", "SUITE", "AGE", "PACKAGES"]);
     for manifest in manifests {
-        let size = manifest.kernel.size + manifest.initrd.as_ref().map_or(0, |initrd| initrd.size);
         rows.add([
             manifest.name.clone(),
             manifest.kind.to_string(),
-            output::bytes(size >> 10 << 10),
+            output::bytes(manifest.stored() >> 10 << 10),
+            manifest.disk.as_ref().map_or_else(String::new, |disk| output::bytes(disk.size)),
             manifest.kernel_version.clone(),
             manifest.suite.clone().unwrap_or_default(),
             output::age(manifest.created * 1000),
