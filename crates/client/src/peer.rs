@@ -81,6 +81,16 @@ impl Client {
         self.none(Method::DELETE, &format!("/v1/peer/leases/{}", quote(lease))).await
     }
 
+    /// Tells a peer who this host's members of a family are.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn peer_members(&self, family: &str, request: &api::PeerMembers) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(request).map_err(|e| self.answer("a request", e))?;
+        let path = format!("/v1/peer/families/{}/members", quote(family));
+        self.send(self.json_request(Method::PUT, &path, bytes)?).await.map(drop)
+    }
+
     /// Has pre-started QEMUs made ready on the peer.
     ///
     /// # Errors

@@ -104,6 +104,7 @@ impl ChainSpec {
         ChainPaths {
             size: self.size,
             golden: golden.filter(|_| self.golden.is_some()).map(Path::to_owned),
+            origin: None,
             layers: self.layers.iter().map(|layer| layer.path.clone()).collect(),
         }
     }
@@ -116,6 +117,9 @@ pub struct ChainPaths {
     pub size: u64,
     /// The golden image; `None`: zeros.
     pub golden: Option<PathBuf>,
+    /// The socket of the NBD server of a frozen disk of another host, in the place of the golden image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<PathBuf>,
     /// The overlays, oldest first. None at all: the disk is its golden image.
     pub layers: Vec<PathBuf>,
 }

@@ -78,6 +78,9 @@ pub fn machine_spec(
         accel,
         cpu: cpu.or_else(|| tiny.then(|| "qemu64".to_owned())),
         agent: if tiny { AgentPort::IsaSerial } else { AgentPort::VirtioSerial },
+        disk: None,
+        volumes: 0,
+        nics: 0,
     }
 }
 
@@ -96,12 +99,12 @@ pub struct Saved {
     pub stopped: SystemTime,
 }
 
-/// Saves a VM's devices. The VM stands still afterwards.
+/// Saves a VM's devices. The VM stands still afterwards. `next`: the overlay that takes its disk's place.
 ///
 /// # Errors
 /// When QEMU fails; the VM may stand still or run.
-pub async fn save_state(process: &Arc<dyn VmProcess>) -> ApiResult<Saved> {
-    let saved = process.save_state(None).await.map_err(|e| failed("The devices could not be saved", e))?;
+pub async fn save_state(process: &Arc<dyn VmProcess>, next: Option<&Path>) -> ApiResult<Saved> {
+    let saved = process.save_state(next).await.map_err(|e| failed("The devices could not be saved", e))?;
     Ok(Saved { bytes: saved.bytes, stopped: saved.stopped_at })
 }
 
@@ -268,6 +271,44 @@ pub struct BootImage {
     pub initrd: Option<PathBuf>,
     /// Kernel command line.
     pub cmdline: String,
+    /// The root disk.
+    pub disk: Option<GoldenDisk>,
+}
+
+/// An image's disk.
+#[derive(Debug, Clone)]
+pub struct GoldenDisk {
+    /// The raw file.
+    pub path: PathBuf,
+    /// Its size.
+    pub size: ByteSize,
+    /// The hash of its contents.
+    pub hash: String,
+}
+
+fn golden_disk(image: &ramet_image::Image) -> Option<GoldenDisk> {
+    let record = image.manifest.disk.as_ref()?;
+    Some(GoldenDisk { path: image.disk()?, size: ByteSize(record.size), hash: record.xxh3_128.clone() })
+}
+
+/// The file of the disk with these contents: of the image of this name, or of another one.
+///
+/// # Errors
+/// When images can't be listed.
+pub async fn find_disk(store: &Arc<ImageStore>, image: &str, hash: &str) -> ApiResult<Option<PathBuf>> {
+    let (images, image, hash) = (store.clone(), image.to_owned(), hash.to_owned());
+    let find = move || -> anyhow::Result<Option<PathBuf>> {
+        let of = |name: &str| images.load(name).ok().and_then(|i| golden_disk(&i)).filter(|d| d.hash == hash);
+        if let Some(disk) = of(&image) {
+            return Ok(Some(disk.path));
+        }
+        let others = images.list()?.into_iter().filter(|m| m.disk.as_ref().is_some_and(|d| d.xxh3_128 == hash));
+        Ok(others.filter_map(|m| of(&m.name)).map(|d| d.path).next())
+    };
+    let found = tokio::task::spawn_blocking(find).await;
+    found
+        .map_err(|e| ApiError::internal(format!("Looking for a disk broke: {e}")))?
+        .map_err(|e| ApiError::failed("Failed to list images", e))
 }
 
 /// Looks an image up, and checks that its files are whole.
@@ -292,6 +333,7 @@ pub async fn load_image(store: &Arc<ImageStore>, name: &str) -> ApiResult<BootIm
         tiny,
         kernel: image.kernel(),
         initrd: image.initrd(),
+        disk: golden_disk(&image),
         cmdline: image.manifest.cmdline,
     })
 }

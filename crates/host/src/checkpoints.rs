@@ -8,7 +8,7 @@ use std::{
 };
 
 use ramet_client::api::{
-    CheckpointInfo, CheckpointRequest, CheckpointResult, ErrorCode, LayerInfo, Timeline, UserInfo, VmState,
+    CheckpointInfo, CheckpointRequest, CheckpointResult, ErrorCode, LayerInfo, Quiesce, Timeline, UserInfo, VmState,
 };
 use ramet_memory::{ByteSize, ImageId, LayerId, PageCount, VmId};
 use ramet_pager::control::{ImageReport, View};
@@ -16,6 +16,7 @@ use ramet_pager::control::{ImageReport, View};
 use crate::{
     backend,
     daemon::{Daemon, all, to_the_end},
+    disks::NextOverlay,
     error::{ApiError, ApiResult},
     memory,
     pagers::{Pager, PagerError},
@@ -72,7 +73,10 @@ impl Daemon {
         let daemon = self.clone();
         let taken =
             to_the_end(
-                async move { daemon.take_checkpoint(vm.id, ImageId::random(), request.note, false, begin).await },
+                async move {
+                    let (image, quiesce) = (ImageId::random(), request.quiesce);
+                    daemon.take_checkpoint(vm.id, image, request.note, &quiesce, false, begin).await
+                },
             )
             .await?;
         if request.wait {
@@ -88,6 +92,7 @@ impl Daemon {
         id: VmId,
         image: ImageId,
         note: Option<String>,
+        quiesce: &Quiesce,
         pending: bool,
         begin: Instant,
     ) -> ApiResult<Taken> {
@@ -107,6 +112,9 @@ impl Daemon {
             return Err(not_running(&vm));
         }
         let what = format!("Failed to checkpoint VM '{}'", vm.name);
+        if self.quiesce(&running, &vm, quiesce).await.map_err(|e| e.context(&what))? {
+            clock.lap("quiesce");
+        }
         let pager = self.pager(vm.family).await?;
         if !vm.attached {
             self.attach(&running, &vm, &pager, View::Anonymous).await.map_err(|e| e.context(&what))?;
@@ -125,8 +133,41 @@ impl Daemon {
             let _ = pager.control.checkpoint_abort(id).await;
             return Err(err);
         }
-        let (state, pause_us) =
-            self.pause_and_commit(&running, &pager, image, &mut clock).await.map_err(|e| e.context(&what))?;
+        let next = self.next_overlay(&running, &vm).await;
+        let next = match next {
+            Ok(next) => next,
+            Err(err) => {
+                let _ = pager.control.checkpoint_abort(id).await;
+                return Err(err.context(&what));
+            }
+        };
+        clock.lap("overlay");
+        let frozen = match self.freeze(&running, &vm, quiesce).await {
+            Ok(frozen) => frozen,
+            Err(err) => {
+                let _ = pager.control.checkpoint_abort(id).await;
+                if let Some(next) = &next {
+                    self.settle_overlay(&running, next).await;
+                }
+                return Err(err.context(&what));
+            }
+        };
+        if frozen {
+            clock.lap("freeze");
+        }
+        let paused = self.pause_and_commit(&running, &pager, image, next.as_ref(), &mut clock).await;
+        if frozen {
+            self.thaw(&running, &vm);
+        }
+        let (state, pause_us) = match paused {
+            Ok(saved) => saved,
+            Err(err) => {
+                if let Some(next) = &next {
+                    self.settle_overlay(&running, next).await;
+                }
+                return Err(err.context(&what));
+            }
+        };
         // The parent runs again. From here on, what fails takes the checkpoint back.
         let record = CheckpointRecord {
             id: image,
@@ -146,8 +187,17 @@ impl Daemon {
             pause_us,
             peers: Vec::new(),
             pending,
+            disk: vm.disk.as_ref().map(|disk| self.freeze_disk(vm.family, disk)),
+            frozen,
         };
-        let record = match self.put_on_record(&pager, record, &state).await {
+        let on_record = self.put_on_record(&pager, record, &state, next.as_ref()).await;
+        if let Some(next) = &next {
+            if on_record.is_err() {
+                self.settle_overlay(&running, next).await;
+            }
+            self.overlay_settled(next.id);
+        }
+        let record = match on_record {
             Ok(record) => record,
             Err(err) => {
                 let _ = pager.control.image_drop(image).await;
@@ -157,6 +207,7 @@ impl Daemon {
         };
         self.stats.count("checkpoints");
         self.color_behind(image);
+        self.flatten_behind(&running);
         let timeline = self.keep_timeline(&running, "parent", clock);
         Ok(Taken { record, state: Arc::new(state), pause_us, timeline })
     }
@@ -166,7 +217,9 @@ impl Daemon {
         pager: &Pager,
         mut record: CheckpointRecord,
         state: &[u8],
+        next: Option<&NextOverlay>,
     ) -> ApiResult<CheckpointRecord> {
+        let next = next.map(|n| n.id);
         let failed = |what: &str, e: std::io::Error| ApiError::failed(what.to_owned(), e);
         let (path, temp) = (self.state_file(record.id), self.state_file(record.id).with_extension("new"));
         fs::write(&temp, state)
@@ -179,6 +232,9 @@ impl Daemon {
         self.store.update(move |s| -> ApiResult<()> {
             if let Some(vm) = s.vms.get_mut(&kept.vm) {
                 vm.base = Some(kept.id);
+                if let (Some(disk), Some(next)) = (vm.disk.take(), next) {
+                    vm.disk = Some(disk.followed_by(next));
+                }
             }
             s.checkpoints.insert(kept.id, kept);
             Ok(())
@@ -218,10 +274,11 @@ impl Daemon {
         running: &Running,
         pager: &Pager,
         image: ImageId,
+        next: Option<&NextOverlay>,
         clock: &mut Clock,
     ) -> ApiResult<(Vec<u8>, u64)> {
         running.paused.store(true, Ordering::Release);
-        let result = self.pause_and_commit_inner(running, pager, clock).await;
+        let result = self.pause_and_commit_inner(running, pager, next, clock).await;
         // Before the pager is told, which may be away. Does no harm to a VM that runs.
         if result.is_err()
             && let Err(err) = running.process.cont().await
@@ -241,9 +298,10 @@ impl Daemon {
         &self,
         running: &Running,
         pager: &Pager,
+        next: Option<&NextOverlay>,
         clock: &mut Clock,
     ) -> ApiResult<(Vec<u8>, u64)> {
-        let saved = backend::save_state(&running.process).await?;
+        let saved = backend::save_state(&running.process, next.map(|n| n.path.as_path())).await?;
         clock.lap("save");
         pager
             .control
@@ -478,6 +536,9 @@ impl Daemon {
         })?;
         let _ = fs::remove_file(self.state_file(image));
         let _ = fs::remove_file(self.colors_file(image));
+        if record.disk.is_some() {
+            self.sweep_disks(record.family);
+        }
         self.tidy(record.family).await;
         Ok(())
     }

@@ -17,10 +17,10 @@ use std::{
 };
 
 use ramet_client::api::{
-    CloneFailure, CloneRequest, CloneResponse, CloneResult, ErrorCode, ForkRequest, ForkResponse, PeerClone,
-    PeerCommit, VmState,
+    CloneFailure, CloneOptions, CloneRequest, CloneResponse, CloneResult, ErrorCode, ForkRequest, ForkResponse, MemberNumber,
+    PeerClone, PeerCommit, PeerDisk, VmState,
 };
-use ramet_memory::{ImageId, VmId};
+use ramet_memory::{FamilyId, ImageId, VmId};
 
 use crate::{
     daemon::{Daemon, all, to_the_end},
@@ -28,7 +28,7 @@ use crate::{
     local::{LocalClone, NewClone},
     memory::needed_by_clones,
     names::{check_vm_name, default_clone_name, shown},
-    state::{CheckpointRecord, State, VmRecord, now_unix_ms},
+    state::{CheckpointRecord, State, VmNic, VmRecord, now_unix_ms},
     stats::us,
     undo::Undo,
     vms::{check_free, check_ttl},
@@ -40,6 +40,8 @@ pub(crate) struct Planned {
     pub(crate) number: u32,
     pub(crate) name: String,
     pub(crate) host: String,
+    /// Its place in the family's network.
+    pub(crate) nic: Option<VmNic>,
 }
 
 /// What the clones of one call have in common.
@@ -48,6 +50,7 @@ pub(crate) struct Terms {
     pub(crate) ttl_s: Option<u64>,
     pub(crate) lease: Option<String>,
     pub(crate) wait_agent: Duration,
+    pub(crate) options: CloneOptions,
 }
 
 /// A fork on its way: what was promised where.
@@ -122,7 +125,7 @@ impl Daemon {
         let (daemon, call) = (self.clone(), plan.call.clone());
         undo.push("reserved clones", async move { daemon.drop_starting(&call).await });
         let forked = async {
-            let taken = self.take_checkpoint(vm.id, image, request.note, true, begin).await?;
+            let taken = self.take_checkpoint(vm.id, image, request.note, &request.quiesce, true, begin).await?;
             let (daemon, record, call) = (self.clone(), taken.record.clone(), plan.call.clone());
             undo.push("checkpoint", async move {
                 // Its clones go before it: their views hold it.
@@ -188,10 +191,16 @@ impl Daemon {
             ttl_s: request.ttl_s,
             lease: request.lease.clone(),
             wait_agent: Duration::from_secs(request.wait_agent_s),
+            options: request.options.clone(),
         };
         let call = VmId::random().to_string();
         let clones = self.store.update(|s| {
-            let clones = assign(s, parent, request, &hosts, &self.config.name, &taken)?;
+            let mut clones = assign(s, parent, request, &hosts, &self.config.name, &taken)?;
+            if parent.spec.nics > 0 {
+                for clone in &mut clones {
+                    clone.nic = Some(self.new_member(s, parent.family)?);
+                }
+            }
             let ours: Vec<_> = clones.iter().filter(|c| c.host == self.config.name).cloned().collect();
             reserve(s, parent, &ours, image, &terms, &call);
             ApiResult::Ok(clones)
@@ -281,7 +290,7 @@ impl Daemon {
         let failed = shares.values().any(Result::is_err);
         let mut outcome = if failed { Err(failure(&plan.clones, &shares)) } else { Ok(()) };
         if outcome.is_ok() {
-            outcome = self.commit(&plan, pending).await;
+            outcome = self.commit(&plan, pending, record.family, &shares).await;
         }
         if let Err(err) = outcome {
             self.take_back(plan, &shares).await;
@@ -325,7 +334,7 @@ impl Daemon {
             by_host.entry(clone.host.clone()).or_default().push(clone.clone());
         }
         let remote = by_host.keys().any(|host| *host != self.config.name);
-        let descriptor = if remote { Some(self.descriptor(record, &state).await.map(Arc::new)) } else { None };
+        let descriptor = if remote { Some(self.offer(record, &state).await.map(Arc::new)) } else { None };
         let shares = all(by_host.into_iter().map(|(host, clones)| {
             let (daemon, record, state, terms) = (self.clone(), record.clone(), state.clone(), plan.terms.clone());
             let lease = plan.leases.get(&host).map(|lease| lease.id().to_owned());
@@ -333,14 +342,14 @@ impl Daemon {
             async move {
                 let share = match (lease, descriptor) {
                     (Some(lease), Some(Ok(descriptor))) => {
-                        let order = daemon.order(&record, lease, &clones, &terms);
-                        daemon.make_elsewhere(&host, &record, &descriptor, order, begin).await.map_err(|e| vec![e])
+                        let order = daemon.order(&record, lease, &clones, &terms, &descriptor.disk);
+                        daemon.make_elsewhere(&host, &record, &descriptor.bytes, order, begin).await.map_err(|e| vec![e])
                     }
                     (Some(_), Some(Err(err))) => Err(vec![err]),
                     _ => {
                         let new = daemon.reserved(&call, &clones);
                         daemon
-                            .make_here(&record, state, new, terms.wait_agent, begin)
+                            .make_here(&record, state, new, &terms, begin)
                             .await
                             .map(|made| made.into_iter().map(LocalClone::into_result).collect())
                     }
@@ -367,14 +376,23 @@ impl Daemon {
         lease: String,
         clones: &[Planned],
         terms: &Terms,
+        disk: &Option<PeerDisk>,
     ) -> ramet_client::api::PeerCloneRequest {
+        let number = |nic: &VmNic| MemberNumber { range: nic.range, index: nic.index };
         ramet_client::api::PeerCloneRequest {
             origin: self.config.name.clone(),
-            clones: clones.iter().map(|c| PeerClone { clone_number: c.number, name: c.name.clone() }).collect(),
+            clones: clones
+                .iter()
+                .map(|c| PeerClone { clone_number: c.number, name: c.name.clone(), nic: c.nic.as_ref().map(number) })
+                .collect(),
             image: record.image.clone(),
             ttl_s: terms.ttl_s,
             lease: Some(lease),
             wait_agent_s: terms.wait_agent.as_secs(),
+            disk: disk.clone(),
+            network: self.offer_network(record.family),
+            frozen: record.frozen,
+            options: terms.options.clone(),
         }
     }
 
@@ -404,18 +422,54 @@ impl Daemon {
     }
 
     /// Makes the clones stay: on the other hosts, then here, in one write.
-    async fn commit(self: &Arc<Self>, plan: &Plan, pending: Option<ImageId>) -> ApiResult<()> {
+    async fn commit(
+        self: &Arc<Self>,
+        plan: &Plan,
+        pending: Option<ImageId>,
+        family: FamilyId,
+        shares: &BTreeMap<String, Share>,
+    ) -> ApiResult<()> {
         let leases: Vec<_> = plan.leases.iter().map(|(host, lease)| (host.clone(), lease.id().to_owned())).collect();
+        let members = self.members_after(plan, family, shares).await?;
         for (host, lease) in leases {
             let theirs = match &plan.terms.lease {
                 Some(ours) => Some(self.lease_on(ours, &host).await?),
                 None => None,
             };
             let client = self.peers.client(&host)?;
-            client.peer_commit(&lease, &PeerCommit { lease: theirs }).await.map_err(|e| from_peer(&host, e))?;
+            client.peer_commit(&lease, &PeerCommit { lease: theirs, members: members.clone() }).await.map_err(|e| from_peer(&host, e))?;
         }
         let ours = plan.clones.iter().filter(|c| c.host == self.config.name).count();
-        self.commit_here(&plan.call, ours, plan.terms.lease.as_deref(), pending)
+        self.commit_here(&plan.call, ours, plan.terms.lease.as_deref(), pending)?;
+        self.announce(family);
+        Ok(())
+    }
+
+    /// The family's members by host once the clones stay: those that a host had, and its new ones.
+    async fn members_after(
+        &self,
+        plan: &Plan,
+        family: FamilyId,
+        shares: &BTreeMap<String, Share>,
+    ) -> ApiResult<BTreeMap<String, Vec<MemberNumber>>> {
+        let mut members = self.all_members(family);
+        if members.is_empty() {
+            return Ok(members);
+        }
+        for (host, share) in shares.iter().filter(|(host, _)| **host != self.config.name) {
+            let list = members.entry(host.clone()).or_default();
+            let made = share.as_ref().map_or(0, Vec::len);
+            let planned = plan.clones.iter().filter(|c| c.host == *host).filter_map(|c| c.nic.as_ref());
+            for nic in planned.take(made) {
+                let number = MemberNumber { range: nic.range, index: nic.index };
+                if !list.contains(&number) {
+                    list.push(number);
+                }
+            }
+        }
+        self.hear_members(family, &members)?;
+        self.apply_members(family).await?;
+        Ok(members)
     }
 
     /// Makes the starting clones of a call stay, and the pending checkpoint with them.
@@ -545,7 +599,7 @@ fn assign(
             None => default_clone_name(&parent.name, &avoid),
         };
         avoid.insert(name.clone());
-        clones.push(Planned { number, name, host: host.clone() });
+        clones.push(Planned { number, name, host: host.clone(), nic: None });
     }
     Ok(clones)
 }
@@ -582,6 +636,9 @@ pub(crate) fn reserve(
             dir: std::path::PathBuf::new(),
             attached: false,
             agent: false,
+            disk: None,
+            nic: clone.nic.clone(),
+            published: Vec::new(),
         };
         state.vms.insert(id, record);
     }

@@ -21,7 +21,9 @@ use crate::{
     error::{ApiError, ApiResult},
     leases::Leases,
     memory::{self, HostMemory},
-    pagers::{Pager, Pagers},
+    disks::Disks,
+    nets::Nets,
+    pagers::{Pager, Pagers, Program},
     peers::{Peers, join::Tokens, tls::Files},
     prepared::Shelf,
     state::{FamilyRecord, Store},
@@ -61,6 +63,10 @@ pub struct Daemon {
     pub tokens: Tokens,
     /// Leases.
     pub leases: Leases,
+    /// Servers of frozen disks.
+    pub disk_servers: Pagers,
+    pub(crate) disks: Disks,
+    pub(crate) nets: Nets,
     pub(crate) shelf: Shelf,
     /// Checkpoints that are being colored, each with its lock.
     pub(crate) coloring: Mutex<HashMap<ImageId, Arc<tokio::sync::Mutex<()>>>>,
@@ -87,7 +93,9 @@ impl Daemon {
     pub fn open(config: Config) -> anyhow::Result<Arc<Self>> {
         let config = Arc::new(config);
         // QEMU's user finds its own directory below these, and can't list them.
-        for dir in [config.state_dir.clone(), config.vms(), config.pool_dir()] {
+        for dir in
+            [config.state_dir.clone(), config.vms(), config.pool_dir(), config.disk_dir.clone(), config.disk_servers()]
+        {
             make_dir(&dir, 0o711)?;
         }
         for dir in [config.checkpoints(), config.tls(), config.logs()] {
@@ -104,7 +112,10 @@ impl Daemon {
         let trusted = files.trusted();
         Ok(Arc::new(Self {
             store: Store::open(config.state_dir.join("state.json"))?,
-            pagers: Pagers::new(config.clone(), stats.clone()),
+            pagers: Pagers::new(Program::Pager, config.clone(), stats.clone()),
+            disk_servers: Pagers::new(Program::Disk, config.clone(), stats.clone()),
+            disks: Disks::new(&config),
+            nets: Nets::new(&config)?,
             images: Arc::new(ImageStore::new(&config.image_dir)),
             peers: Arc::new(Peers::open(&config.name, files, config.state_dir.join("peers.json"))?),
             tokens: Tokens::open(&config.tls().join("tokens.json"))?,
@@ -203,18 +214,21 @@ impl Daemon {
         }
         let _held = self.families.lock().await;
         self.store.amend(|s| {
-            s.families.entry(family).or_insert(FamilyRecord { id: family });
+            s.families.entry(family).or_insert(FamilyRecord { id: family, network: None });
         });
         self.pagers.ensure(family).await.map_err(|e| ApiError::failed("Failed to start the pager", e))
     }
 
     /// Ends the pager of a family of which nothing is left.
-    pub async fn tidy(&self, family: FamilyId) {
+    pub async fn tidy(self: &Arc<Self>, family: FamilyId) {
         let _held = self.families.lock().await;
         if self.store.read(|s| s.family_used(family)) {
             return;
         }
         self.pagers.end(family).await;
+        self.disk_servers.end(family).await;
+        self.remove_network(family).await;
+        self.sweep_disks(family);
         self.store.amend(|s| {
             s.families.remove(&family);
         });

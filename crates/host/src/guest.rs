@@ -7,13 +7,14 @@ use std::{
 };
 
 use ramet_client::{
-    api::{ErrorCode, GuestTime, PingReply, VmState},
+    api::{CloneOptions, ErrorCode, GuestTime, PingReply, Quiesce, VmState},
     exec::{self, ExecRequest, Kind},
 };
 use ramet_guest::{
     host::{AgentClient, AgentError, ExecEvent, ExecSession},
-    protocol::{Exec, Identity},
+    protocol::{Exec, Freeze, HookResult, Identity, NicIdentity, Release},
 };
+use ramet_memory::FamilyId;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::UnixStream,
@@ -22,7 +23,8 @@ use tokio::{
 use crate::{
     daemon::Daemon,
     error::{ApiError, ApiResult},
-    state::VmRecord,
+    names::shown,
+    state::{VmNic, VmRecord},
     vms::Running,
 };
 
@@ -45,6 +47,27 @@ pub(crate) fn agent_failed(vm: &str, err: &AgentError) -> ApiError {
 
 fn unix_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// What helps when a clone's kernel did not take fresh entropy.
+const UNSEEDED: &str = "its random numbers may be those of its siblings, so it was not released; --allow-unseeded releases \
+    it all the same";
+
+/// A VM's name as a host's name.
+fn host_name(name: &str) -> String {
+    let fits = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
+    name.chars().map(fits).collect::<String>().trim_matches('-').to_owned()
+}
+
+/// What hooks that failed have said.
+fn told(hooks: &[HookResult]) -> String {
+    let failed = hooks.iter().filter(|hook| !hook.ok);
+    let tell = |hook: &HookResult| {
+        let how = hook.remark.clone().or_else(|| hook.exit.map(|code| format!("exit code {code}")));
+        let words = hook.output.trim().lines().last().map(|l| format!(", \"{}\"", shown(l))).unwrap_or_default();
+        format!("; {}: {}{words}", shown(&hook.name), how.unwrap_or_else(|| "it failed".to_owned()))
+    };
+    failed.map(tell).collect()
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -104,17 +127,21 @@ impl Daemon {
         Ok(client)
     }
 
-    /// Tells a guest who it is, with fresh entropy and the time, and waits for its answer.
+    /// Tells a guest who it is, with fresh entropy and the time, and waits for its answer. Says whether the kernel took the
+    /// entropy.
     ///
     /// # Errors
     /// [`ErrorCode::AgentSilent`]; an internal error when the guest could not take it up.
-    pub(crate) async fn introduce(&self, running: &Running, limit: Duration) -> ApiResult<()> {
+    async fn introduce(&self, running: &Running, limit: Duration, options: &CloneOptions) -> ApiResult<()> {
         let find = || self.store.read(|s| s.vms.get(&running.id).cloned());
         let vm = find().ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("VM {} was removed", running.id)))?;
         let client = self.agent(running, &vm.name, limit).await?;
         let mut entropy = [0; 64];
         getrandom::fill(&mut entropy)
             .map_err(|e| ApiError::internal(format!("No random numbers for '{}': {e}", vm.name)))?;
+        let clone = vm.checkpoint.is_some();
+        // A guest on a disk is a machine of its own; one in memory alone has no such names.
+        let somebody = vm.disk.is_some() || vm.nic.is_some();
         let identity = Identity {
             clone_number: vm.clone_number,
             generation: vm.generation,
@@ -124,11 +151,19 @@ impl Daemon {
             name: vm.name.clone(),
             entropy: hex(&entropy),
             realtime_ns: unix_ns(),
+            nics: vm.nic.iter().map(|nic| self.nic_identity(vm.family, nic)).collect(),
+            hostname: somebody.then(|| host_name(&vm.name)),
+            machine_id: somebody.then(|| vm.id.to_string()),
+            ssh_host_keys: options.ssh_host_keys,
+            kill_sockets: clone,
         };
         let answer = client.with_limit(limit).identity(&identity).await.map_err(|e| agent_failed(&vm.name, &e))?;
-        if !answer.ok {
+        if !answer.reseeded && options.allow_unseeded {
+            tracing::warn!(vm = %vm.id, "released without fresh entropy, as it was asked for");
+        } else if !answer.ok {
             let why = answer.error.unwrap_or_else(|| "no reason given".to_owned());
-            return Err(ApiError::internal(format!("VM '{}' could not take its identity up: {why}", vm.name)));
+            let err = ApiError::internal(format!("VM '{}' could not take its identity up: {why}", vm.name));
+            return Err(if answer.reseeded { err } else { err.remedy(UNSEEDED) });
         }
         self.store.amend(|s| {
             if let Some(vm) = s.vms.get_mut(&running.id) {
@@ -138,14 +173,151 @@ impl Daemon {
         Ok(())
     }
 
+    fn nic_identity(&self, family: FamilyId, nic: &VmNic) -> NicIdentity {
+        let plan = self.nets.plan();
+        NicIdentity {
+            index: 0,
+            mac: nic.member.mac.to_string(),
+            ip: nic.member.ip.to_string(),
+            prefix: plan.prefix(),
+            gateway: Some(plan.gateway().ip.to_string()),
+            gateway_mac: Some(plan.gateway().mac.to_string()),
+            dns: self.name_servers_of(family).iter().map(ToString::to_string).collect(),
+            mtu: Some(u32::from(crate::nets::MTU)),
+            ..NicIdentity::default()
+        }
+    }
+
+    /// Makes a clone somebody: identity, then its cable, then its hooks, and then its applications run. `lap` is told of
+    /// each part that is done.
+    ///
+    /// # Errors
+    /// As [`Daemon::introduce`]; an internal error when a hook fails. The clone has no network then, or its applications
+    /// stand still.
+    pub(crate) async fn settle_in(
+        &self,
+        running: &Running,
+        limit: Duration,
+        options: &CloneOptions,
+        lap: &mut (dyn FnMut(&'static str) + Send),
+    ) -> ApiResult<()> {
+        self.introduce(running, limit, options).await?;
+        lap("identity");
+        let vm = self.store.read(|s| s.vms.get(&running.id).cloned());
+        let vm = vm.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("VM {} was removed", running.id)))?;
+        if vm.nic.is_some() {
+            let plugged = running.process.set_link(0, true).await;
+            plugged.map_err(|e| ApiError::failed("The network card's cable can't be plugged in", e))?;
+            lap("link");
+        }
+        if vm.guest != "linux" {
+            return Ok(());
+        }
+        let client = self.agent(running, &vm.name, limit).await?;
+        let request =
+            Release { hooks: options.hooks, signal: true, limit_ms: options.hook_limit_s.saturating_mul(1000) };
+        let answer = client.with_limit(limit).release(&request).await.map_err(|e| agent_failed(&vm.name, &e))?;
+        lap("release");
+        if answer.ok {
+            return Ok(());
+        }
+        let why = answer.error.unwrap_or_else(|| "no reason given".to_owned());
+        Err(ApiError::internal(format!("VM '{}' could not be released: {why}{}", vm.name, told(&answer.hooks)))
+            .remedy("mend the hook in /etc/ramet/clone.d of the parent, or do without hooks (--no-hooks)"))
+    }
+
     /// Introduces itself to a guest that may take long to boot; that it does not answer is no error.
-    pub(crate) async fn greet(&self, running: &Running, limit: Duration) {
+    pub(crate) async fn greet(&self, running: &Running, limit: Duration, options: &CloneOptions) {
         if limit.is_zero() {
             return;
         }
-        if let Err(err) = self.introduce(running, limit).await {
+        let clone = self.store.read(|s| s.vms.get(&running.id).is_some_and(|vm| vm.checkpoint.is_some()));
+        let greeted = match clone {
+            true => self.settle_in(running, limit, options, &mut |_| {}).await,
+            false => self.introduce(running, limit, options).await,
+        };
+        if let Err(err) = greeted {
             tracing::warn!(vm = %running.id, "{err}");
         }
+    }
+
+    // ------------------------------------------------------------------------------------- before a checkpoint
+
+    /// Whether the guest can be asked to make ready for a checkpoint.
+    fn can_quiesce(vm: &VmRecord) -> bool {
+        vm.guest == "linux" && vm.agent
+    }
+
+    async fn ask_to_freeze(&self, running: &Running, vm: &VmRecord, request: &Freeze) -> ApiResult<bool> {
+        let limit = Duration::from_millis(request.limit_ms);
+        let hint = "without its agent: --no-hooks, and no --freeze";
+        let client = self.agent(running, &vm.name, limit).await.map_err(|e| e.remedy(hint))?;
+        match client.freeze(request).await {
+            Ok(answer) if answer.ok => Ok(answer.frozen),
+            Ok(answer) => {
+                let why = answer.error.unwrap_or_else(|| "no reason given".to_owned());
+                Err(ApiError::internal(format!("The guest did not make ready: {why}{}", told(&answer.hooks)))
+                    .remedy("mend the hook in /etc/ramet/checkpoint.d, or do without hooks (--no-hooks)"))
+            }
+            Err(err) => {
+                // Whatever was begun is undone, as far as the agent still hears.
+                let _ = client.with_limit(CONNECT).thaw().await;
+                Err(agent_failed(&vm.name, &err).remedy(hint))
+            }
+        }
+    }
+
+    /// Has the guest run its hooks and write its file systems, while it runs. Returns whether it was asked.
+    ///
+    /// # Errors
+    /// When a hook fails or the agent does not answer; the guest goes on.
+    pub(crate) async fn quiesce(&self, running: &Running, vm: &VmRecord, wanted: &Quiesce) -> ApiResult<bool> {
+        if !Self::can_quiesce(vm) {
+            if wanted.freeze || wanted.sync {
+                return Err(ApiError::new(
+                    ErrorCode::WrongState,
+                    format!("The agent of VM '{}' has not answered: it can't be asked to stand still", vm.name),
+                ));
+            }
+            return Ok(false);
+        }
+        if !(wanted.hooks || wanted.sync) {
+            return Ok(false);
+        }
+        let limit_ms = wanted.limit_s.saturating_mul(1000);
+        let request = Freeze { hooks: wanted.hooks, freeze: false, sync: wanted.sync, limit_ms };
+        self.ask_to_freeze(running, vm, &request).await.map(|_| true)
+    }
+
+    /// Has the guest's applications stand still. Returns whether they do.
+    ///
+    /// # Errors
+    /// When they can't be stopped; they go on.
+    pub(crate) async fn freeze(&self, running: &Running, vm: &VmRecord, wanted: &Quiesce) -> ApiResult<bool> {
+        if !wanted.freeze {
+            return Ok(false);
+        }
+        let limit_ms = wanted.limit_s.saturating_mul(1000);
+        let request = Freeze { hooks: false, freeze: true, sync: false, limit_ms };
+        self.ask_to_freeze(running, vm, &request).await
+    }
+
+    /// Has them go on, in the background: the checkpoint is taken, or has failed.
+    pub(crate) fn thaw(self: &Arc<Self>, running: &Arc<Running>, vm: &VmRecord) {
+        let (daemon, running, name) = (self.clone(), running.clone(), vm.name.clone());
+        tokio::spawn(async move {
+            for _ in 0..10 {
+                let thawed = match daemon.agent(&running, &name, CONNECT).await {
+                    Ok(client) => client.with_limit(CONNECT).thaw().await.map(|ack| ack.ok).unwrap_or(false),
+                    Err(_) => false,
+                };
+                if thawed || running.ending.load(Ordering::Acquire) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(300)).await;
+            }
+            tracing::error!(vm = %running.id, "the guest's applications stand still, and its agent does not answer");
+        });
     }
 
     /// Has the guest shut down, and waits for its QEMU to end.

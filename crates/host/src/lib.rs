@@ -11,6 +11,8 @@
 //! | [`colors`] | what each page of a checkpoint is: made behind it, kept, sent along |
 //! | [`clone`], [`local`], [`remote`] | forks: plan, make (here, on other hosts), commit or undo |
 //! | `prepared` | clones of a checkpoint that are loaded before anybody asks for them |
+//! | `disks` | overlays over golden images: frozen at checkpoints, served to other hosts, merged, removed |
+//! | `nets` | families' private networks: addresses, taps, published ports, what other hosts are told |
 //! | [`leases`] | VMs that live as long as a connection |
 //! | [`pagers`] | supervision of pagers, and the client of their control sockets |
 //! | [`peers`] | other hosts: certificates, joining, passing requests on |
@@ -28,6 +30,7 @@ pub mod clone;
 pub mod colors;
 pub mod config;
 pub mod daemon;
+mod disks;
 pub mod error;
 pub mod guest;
 pub mod leases;
@@ -36,6 +39,7 @@ pub mod logs;
 pub mod memory;
 pub mod metrics;
 pub mod names;
+mod nets;
 pub mod pagers;
 pub mod peers;
 mod prepared;

@@ -6,6 +6,7 @@ use std::{
 };
 
 use ramet_client::api::{CloneResult, ErrorCode, Timeline, VmInfo};
+use ramet_disk::DiskId;
 use ramet_guest::host::{AgentClient, AgentError};
 use ramet_memory::{ImageId, VmId};
 use ramet_pager::control::View;
@@ -14,11 +15,12 @@ use tokio::{net::UnixStream, task::JoinHandle};
 
 use crate::{
     backend,
+    clone::Terms,
     daemon::{Daemon, all},
     error::{ApiError, ApiResult},
     pagers::Pager,
     prepared::Prepared,
-    state::{CheckpointRecord, VmRecord},
+    state::{CheckpointRecord, VmDisk, VmRecord},
     stats::{Clock, us},
     vms::Running,
 };
@@ -91,9 +93,10 @@ impl Daemon {
         record: &CheckpointRecord,
         state: Arc<Vec<u8>>,
         clones: Vec<NewClone>,
-        wait_agent: Duration,
+        terms: &Terms,
         begin: Instant,
     ) -> Result<Vec<LocalClone>, Vec<ApiError>> {
+        let wait_agent = terms.wait_agent;
         let pager = self.pager(record.family).await.map_err(|e| vec![e])?;
         // One that waits for no sibling goes on at once. A serial port would take the first question before its state is
         // loaded, and lose it.
@@ -114,8 +117,8 @@ impl Daemon {
         let loaded = all_or_errors(loaded)?;
         // All are ready: now they go on together.
         let gone_on = all(loaded.into_iter().map(|loaded| {
-            let daemon = self.clone();
-            async move { daemon.go_on(loaded, wait_agent, begin).await }
+            let (daemon, terms) = (self.clone(), terms.clone());
+            async move { daemon.go_on(loaded, &terms, begin).await }
         }))
         .await;
         let made = all_or_errors(gone_on)?;
@@ -145,6 +148,7 @@ impl Daemon {
         let vm = self.store.note(|s| {
             let vm = s.vms.get_mut(&clone.id).ok_or_else(removed)?;
             vm.dir = claimed.dir;
+            vm.disk = record.disk.clone().map(|frozen| VmDisk { frozen, active: DiskId::random() });
             ApiResult::Ok(vm.clone())
         })?;
         // Before the devices are loaded: the guest then finds its host connected, as it was in the parent.
@@ -154,14 +158,25 @@ impl Daemon {
         };
         clock.lap("claim");
         let attach = self.attach(&running, &vm, pager, View::Image(record.id));
-        let attached = if let Some(wait_agent) = at_once {
-            agent = agent.ask(wait_agent);
-            let (attached, told) = tokio::join!(attach, backend::start_when_loaded(&running.process));
-            told?;
-            attached?
-        } else {
-            attach.await?
+        let parts = async {
+            let begin = Instant::now();
+            self.give_parts(&running, false).await.map(|()| begin.elapsed())
         };
+        let start = async {
+            match at_once {
+                Some(_) => backend::start_when_loaded(&running.process).await,
+                None => Ok(()),
+            }
+        };
+        if let Some(wait_agent) = at_once {
+            agent = agent.ask(wait_agent);
+        }
+        let (attached, parts, told) = tokio::join!(attach, parts, start);
+        told?;
+        let (attached, parts) = (attached?, parts?);
+        if record.spec.has_attachments() {
+            clock.part("parts", us(parts));
+        }
         clock.part("remap", attached.remap_us);
         clock.lap("attach");
         backend::load_state(&running.process, state).await?;
@@ -186,12 +201,16 @@ impl Daemon {
     async fn take_over(self: &Arc<Self>, made: Prepared, clone: NewClone, mut clock: Clock) -> ApiResult<Loaded> {
         let there = self.store.note(|s| {
             let vm = s.vms.remove(&clone.id)?;
-            s.vms.insert(made.id, VmRecord { id: made.id, dir: made.dir.clone(), attached: true, ..vm });
+            let (disk, nic) = (made.disk.clone(), made.nic.clone());
+            s.vms.insert(made.id, VmRecord { id: made.id, dir: made.dir.clone(), attached: true, disk, nic, ..vm });
             Some(())
         });
         if there.is_none() {
             self.discard_prepared(vec![made]).await;
             return Err(removed());
+        }
+        if let Some(disk) = &made.disk {
+            self.overlay_settled(disk.active);
         }
         let running = self.adopt(made.id, made.process);
         let agent = made.agent.map_or(FirstQuestion::None, FirstQuestion::Connected);
@@ -200,7 +219,8 @@ impl Daemon {
         Ok(Loaded { clone, running, agent, runs: false, warm: true, prepared: true, clock })
     }
 
-    async fn go_on(self: &Arc<Self>, loaded: Loaded, wait_agent: Duration, begin: Instant) -> ApiResult<LocalClone> {
+    async fn go_on(self: &Arc<Self>, loaded: Loaded, terms: &Terms, begin: Instant) -> ApiResult<LocalClone> {
+        let (wait_agent, options) = (terms.wait_agent, &terms.options);
         let Loaded { clone, running, agent, runs, warm, prepared, mut clock } = loaded;
         let context = format!("Clone '{}'", clone.name);
         clock.lap("wait");
@@ -217,8 +237,8 @@ impl Daemon {
         let running_us = us(begin.elapsed().saturating_sub(late));
         let (mut answered_us, mut ready_us) = (None, None);
         if wait_agent.is_zero() {
-            let (daemon, running) = (self.clone(), running.clone());
-            tokio::spawn(async move { daemon.greet(&running, Duration::from_secs(60)).await });
+            let (daemon, running, options) = (self.clone(), running.clone(), options.clone());
+            tokio::spawn(async move { daemon.greet(&running, Duration::from_secs(60), &options).await });
         } else {
             // Where this connection fails the next step makes another.
             if let FirstQuestion::Asked(asked) = agent
@@ -230,8 +250,7 @@ impl Daemon {
             self.agent(&running, &clone.name, wait_agent).await.map_err(silent)?;
             clock.lap("first_answer");
             answered_us = Some(us(begin.elapsed()));
-            self.introduce(&running, wait_agent).await.map_err(silent)?;
-            clock.lap("identity");
+            self.settle_in(&running, wait_agent, options, &mut |phase| clock.lap(phase)).await.map_err(silent)?;
             ready_us = Some(us(begin.elapsed()));
         }
         let timeline = self.keep_timeline(&running, "clone", clock);

@@ -291,6 +291,15 @@ impl Daemon {
         Ok(net)
     }
 
+    /// What guests of the family are told to ask for names.
+    pub(crate) fn name_servers_of(&self, family: FamilyId) -> Vec<Ipv4Addr> {
+        let egress = self.store.read(|s| s.families.get(&family).and_then(|f| f.network.as_ref()).map(|n| n.egress.clone()));
+        match egress {
+            Some(Egress::Nat | Egress::List(_)) => name_servers(),
+            Some(Egress::None) | None => Vec::new(),
+        }
+    }
+
     /// Makes the family's network before somebody needs it.
     pub(crate) async fn ready_network(&self, family: FamilyId) -> ApiResult<()> {
         self.family_net(family).await.map(drop)

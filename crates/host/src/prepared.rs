@@ -13,6 +13,7 @@ use std::{
 };
 
 use ramet_client::api::{ErrorCode, PoolEntry, PoolStatus};
+use ramet_disk::DiskId;
 use ramet_memory::{FamilyId, ImageId, VmId};
 use ramet_pager::control::View;
 use ramet_vmm::VmProcess;
@@ -23,6 +24,7 @@ use crate::{
     daemon::{Daemon, all},
     error::{ApiError, ApiResult},
     memory::needed_by_clones,
+    state::{VmDisk, VmNic},
     stats::lock,
 };
 
@@ -43,6 +45,8 @@ pub(crate) struct Prepared {
     pub(crate) dir: PathBuf,
     /// Connected to the agent's port.
     pub(crate) agent: Option<UnixStream>,
+    pub(crate) disk: Option<VmDisk>,
+    pub(crate) nic: Option<VmNic>,
 }
 
 /// What is prepared, and what is to be.
@@ -123,6 +127,13 @@ impl Shelf {
         let mut inner = lock(&self.inner);
         inner.last_use = Some(Instant::now());
         inner.ready.get_mut(&image)?.pop()
+    }
+
+    /// Places in the family's network that prepared clones have.
+    pub(crate) fn nics(&self, family: FamilyId) -> Vec<VmNic> {
+        let inner = lock(&self.inner);
+        let ready = inner.ready.values().flatten().filter(|made| made.family == family);
+        ready.filter_map(|made| made.nic.clone()).collect()
     }
 
     fn ready(&self, image: ImageId) -> usize {
@@ -253,7 +264,27 @@ impl Daemon {
         let claimed = backend::claim(&self.pool, &record.spec).await?;
         let agent = UnixStream::connect(claimed.process.agent_socket()).await.ok();
         let id = VmId::random();
-        let made = Prepared { id, family: record.family, process: claimed.process, dir: claimed.dir, agent };
+        let family = record.family;
+        let disk = record.disk.clone().map(|frozen| VmDisk { frozen, active: DiskId::random() });
+        let mut made = Prepared { id, family, process: claimed.process, dir: claimed.dir, agent, disk, nic: None };
+        let parts = async {
+            if let Some(disk) = &made.disk {
+                self.attach_disk(&made.process, family, disk).await?;
+            }
+            if record.spec.nics == 0 {
+                return ApiResult::Ok(None);
+            }
+            let nic = self.store.update(|s| self.new_member(s, family))?;
+            let tap = self.plug(family, &made.process, &nic, false).await?;
+            Ok(Some(VmNic { tap, ..nic }))
+        };
+        match parts.await {
+            Ok(nic) => made.nic = nic,
+            Err(err) => {
+                self.discard_prepared(vec![made]).await;
+                return Err(err);
+            }
+        }
         let load = async {
             let (shim, pid) = (made.process.shim_socket(), made.process.pid());
             let attached = pager.control.attach(made.id, shim, pid, View::Image(image)).await;
@@ -288,6 +319,13 @@ impl Daemon {
                     tracing::warn!(dir = %made.dir.display(), error = %err, "the pager did not let go of a prepared clone");
                 }
                 let _ = fs::remove_dir_all(&made.dir);
+                if let Some(nic) = &made.nic {
+                    daemon.unplug(made.family, nic).await;
+                }
+                if let Some(disk) = &made.disk {
+                    daemon.overlay_settled(disk.active);
+                    daemon.sweep_disks(made.family);
+                }
             }
         }))
         .await;

@@ -59,6 +59,7 @@ impl Daemon {
             }
         }))
         .await;
+        self.recover_networks().await;
         all(vms.into_values().filter(VmRecord::alive).map(|vm| {
             let daemon = self.clone();
             async move { daemon.recover_vm(vm).await }
@@ -69,6 +70,7 @@ impl Daemon {
         for image in uncolored.into_iter().filter(|&image| !self.colors_file(image).exists()) {
             self.color_behind(image);
         }
+        self.sweep_lost_disks();
         let left: Vec<_> = self.store.read(|s| s.families.keys().copied().collect());
         for family in left {
             self.tidy(family).await;
@@ -146,6 +148,7 @@ impl Daemon {
                 alive = true;
             }
         });
+        self.find_disk_again(&running, vm).await;
         if !alive {
             // Removed a moment ago.
             self.release(vm.id).await;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use ramet_client::api::{
-    CloneResponse, CloneResult, ErrorCode, PeerCloneRequest, PeerCommit, PeerPoolRequest, Phase, PoolRequest,
+    CloneResponse, CloneResult, ErrorCode, PeerCloneRequest, PeerCommit, PeerDisk, PeerPoolRequest, Phase, PoolRequest,
     PoolStatus, UserInfo,
 };
 use ramet_memory::ImageId;
@@ -32,7 +32,16 @@ use crate::{
 };
 
 /// Longest JSON before a descriptor.
-const MAX_REQUEST: usize = 1 << 20;
+const MAX_REQUEST: usize = 16 << 20;
+
+/// A checkpoint for other hosts.
+#[derive(Debug)]
+pub(crate) struct Offer {
+    /// The descriptor, encoded.
+    pub(crate) bytes: Vec<u8>,
+    /// The disk.
+    pub(crate) disk: Option<PeerDisk>,
+}
 
 /// Tells a clone's phases from the asker's beginning: `way_us` of `send` come first.
 pub(crate) fn shift(mut clone: CloneResult, before_us: u64, way_us: u64) -> CloneResult {
@@ -75,8 +84,14 @@ fn bad_descriptor(err: &DescriptorError) -> ApiError {
 impl Daemon {
     // ---------------------------------------------------------------------------------- on the checkpoint's host
 
+    /// What another host needs, besides pages, to make clones of a checkpoint.
+    pub(crate) async fn offer(&self, record: &CheckpointRecord, state: &[u8]) -> ApiResult<Offer> {
+        let (bytes, disk) = tokio::join!(self.descriptor(record, state), self.offer_disk(record));
+        Ok(Offer { bytes: bytes?, disk: disk? })
+    }
+
     /// The descriptor of a checkpoint of this host, encoded.
-    pub(crate) async fn descriptor(&self, record: &CheckpointRecord, state: &[u8]) -> ApiResult<Vec<u8>> {
+    async fn descriptor(&self, record: &CheckpointRecord, state: &[u8]) -> ApiResult<Vec<u8>> {
         let failed = |what: &str, e: anyhow::Error| ApiError::failed(what.to_owned(), e);
         let pager = self.pager(record.family).await?;
         let listen = self.pagers.listen(&pager).await;
@@ -195,18 +210,27 @@ impl Daemon {
             pause_us: 0,
             peers: Vec::new(),
             pending: false,
+            disk: None,
+            frozen: request.frozen,
         };
+        if record.spec.disk.is_some() != request.disk.is_some() || (record.spec.nics > 0) != request.network.is_some() {
+            return Err(ApiError::new(ErrorCode::BadRequest, "The checkpoint's machine and its parts don't fit"));
+        }
+        let nics = request.clones.iter().map(|c| c.nic.map(|n| self.given_member(n)).transpose());
+        let nics: Vec<_> = nics.collect::<ApiResult<_>>()?;
         let parent = Parent::of_checkpoint(&record);
         let host = || self.config.name.clone();
         let planned: Vec<_> = request
             .clones
             .iter()
-            .map(|c| Planned { number: c.clone_number, name: c.name.clone(), host: host() })
+            .zip(nics)
+            .map(|(c, nic)| Planned { number: c.clone_number, name: c.name.clone(), host: host(), nic })
             .collect();
         let terms = Terms {
             ttl_s: request.ttl_s,
             lease: Some(call.to_owned()),
             wait_agent: Duration::from_secs(request.wait_agent_s),
+            options: request.options.clone(),
         };
         let limits = &self.config.limits;
         if planned.len() > limits.clones_per_call as usize || record.generation >= limits.depth {
@@ -239,11 +263,34 @@ impl Daemon {
                 }
             }
             s.checkpoints.entry(image).or_insert_with(|| record.clone());
+            if let Some(network) = &request.network {
+                self.take_network(s, record.family, network)?;
+            }
             reserve(s, &parent, &planned, image, &terms, call);
             ApiResult::Ok(())
         })?;
         self.check_share(&parent, planned.len())?;
-        self.import(&record, &descriptor).await?;
+        let import = async {
+            let Some(offer) = &request.disk else { return ApiResult::Ok(record.clone()) };
+            let disk = Some(self.import_disk(record.family, &request.origin, offer).await?);
+            self.store.amend(|s| {
+                if let Some(checkpoint) = s.checkpoints.get_mut(&image) {
+                    checkpoint.disk.clone_from(&disk);
+                }
+            });
+            Ok(CheckpointRecord { disk, ..record.clone() })
+        };
+        let network = async {
+            if request.network.is_some() {
+                self.ready_network(record.family).await?;
+                self.apply_members(record.family).await?;
+            }
+            ApiResult::Ok(())
+        };
+        let (memory, with_disk, network) = tokio::join!(self.import(&record, &descriptor), import, network);
+        memory?;
+        network?;
+        let record = with_disk?;
         // Not ready when it was sent, or not to be used: asked for behind the clones' backs.
         if descriptor.colors.is_empty() || self.keep_colors(&record, &descriptor.colors).is_err() {
             self.color_behind(image);
@@ -252,7 +299,7 @@ impl Daemon {
         let import = clock.timeline();
         let new = self.reserved(call, &planned);
         let state = Arc::new(descriptor.device_state);
-        let made = self.make_here(&record, state, new, terms.wait_agent, begin).await;
+        let made = self.make_here(&record, state, new, &terms, begin).await;
         let made = made.map_err(|errors| {
             errors.into_iter().next().unwrap_or_else(|| ApiError::internal("A clone did not come up"))
         })?;
@@ -287,10 +334,16 @@ impl Daemon {
     ///
     /// # Errors
     /// When the lease has ended or a clone has died.
-    pub fn peer_commit(self: &Arc<Self>, lease: &str, request: &PeerCommit) -> ApiResult<()> {
+    pub async fn peer_commit(self: &Arc<Self>, lease: &str, request: &PeerCommit) -> ApiResult<()> {
         self.leases.check(Some(lease))?;
         let clones: Vec<_> =
             self.store.read(|s| s.vms.values().filter(|vm| vm.of_call(lease)).map(|vm| vm.id).collect());
+        let family = self.store.read(|s| s.vms.get(clones.first()?).map(|vm| vm.family));
+        if let Some(family) = family.filter(|_| !request.members.is_empty()) {
+            self.hear_members(family, &request.members)?;
+            self.apply_members(family).await?;
+            self.announce(family);
+        }
         self.commit_here(lease, clones.len(), request.lease.as_deref(), None)?;
         for id in clones {
             self.arm_ttl(id);
@@ -423,6 +476,10 @@ mod tests {
             ttl_s: None,
             lease: None,
             wait_agent_s: 1,
+            disk: None,
+            network: None,
+            frozen: false,
+            options: ramet_client::api::CloneOptions::default(),
         };
         let whole = body(&request, b"descriptor");
         let (back, descriptor) = split(&whole).unwrap();

@@ -11,9 +11,10 @@ use std::{
 };
 
 use ramet_client::api::{
-    Counters, ErrorCode, MemoryUse, RunRequest, StopRequest, Timeline, UnreachableHost, VmInfo, VmList, VmState,
+    CloneOptions, Counters, Egress, ErrorCode, MemoryUse, RunRequest, StopRequest, Timeline, UnreachableHost, VmInfo, VmList, VmState,
     VmStats,
 };
+use ramet_disk::DiskId;
 use ramet_guest::host::AgentClient;
 use ramet_memory::{FamilyId, VmId};
 use ramet_pager::control::{StatsReport, VmReport};
@@ -27,7 +28,7 @@ use crate::{
     memory::needed_by_root,
     names::{check_vm_name, default_clone_name, shown},
     peers::ask,
-    state::{VmRecord, now_unix_ms},
+    state::{FamilyRecord, FrozenDisk, Golden, VmDisk, VmRecord, now_unix_ms},
     stats::{Clock, lock},
 };
 
@@ -53,6 +54,10 @@ pub struct Running {
     /// A checkpoint has it stand still.
     pub(crate) paused: AtomicBool,
     pub(crate) timeline: Mutex<Option<Timeline>>,
+    /// Its disk's layers are being merged.
+    pub(crate) flattening: AtomicBool,
+    /// Why it stands still, when its disk failed.
+    pub(crate) disk_trouble: Mutex<Option<String>>,
 }
 
 impl std::fmt::Debug for Running {
@@ -85,9 +90,18 @@ impl Daemon {
             None => self.accel().await,
         };
         let machine = request.machine.as_deref().unwrap_or(&self.config.machine);
-        let spec = backend::machine_spec(machine, request.memory, request.cpus, accel, request.cpu.clone(), image.tiny);
+        let mut spec =
+            backend::machine_spec(machine, request.memory, request.cpus, accel, request.cpu.clone(), image.tiny);
+        let disk = self.root_disk(&request, &image).await?;
+        let egress = request.network.clone().unwrap_or(if disk.is_some() { Egress::Nat } else { Egress::Off });
+        let egress = crate::nets::egress(&egress)?;
+        self.check_network(&request, egress.is_some())?;
+        spec.disk = disk.as_ref().map(|d| d.frozen.size);
+        spec.volumes = u8::try_from(request.volumes.len()).unwrap_or(u8::MAX);
+        spec.nics = u8::from(egress.is_some());
+        spec.check().map_err(|e| ApiError::new(ErrorCode::BadRequest, e.to_string()))?;
         let id = VmId::random();
-        let name = self.reserve_root(id, &request, &image.guest, &spec)?;
+        let name = self.reserve_root(id, &request, &image.guest, &spec, disk, egress)?;
         let booted = async {
             self.check_memory(&format!("VM '{name}'"), needed_by_root(request.memory))?;
             let dir = self.config.vms().join(id.to_string());
@@ -103,6 +117,8 @@ impl Daemon {
             let process = self.vmm.launch(&spec, boot, &dir).await;
             let process = process.map_err(|e| ApiError::failed(format!("Failed to start VM '{name}'"), e))?;
             let running = self.adopt(id, Arc::from(process));
+            self.give_parts(&running, true).await?;
+            backend::cont(&running.process).await?;
             self.store.update(|s| -> ApiResult<()> {
                 let vm = s.vms.get_mut(&id).ok_or_else(|| ApiError::internal(format!("VM '{name}' was removed")))?;
                 vm.state = VmState::Running;
@@ -125,9 +141,92 @@ impl Daemon {
             return Err(ApiError::new(ErrorCode::NotFound, "The lease has ended, and the VM with it"));
         }
         tracing::info!(vm = %id, name, "booted");
-        self.greet(&running, Duration::from_secs(request.wait_agent_s)).await;
+        self.greet(&running, Duration::from_secs(request.wait_agent_s), &CloneOptions::default()).await;
         self.warm_pool(&spec);
         self.vm_info(&id.to_string()).await
+    }
+
+    /// The disk that a request asks for.
+    async fn root_disk(&self, request: &RunRequest, image: &backend::BootImage) -> ApiResult<Option<VmDisk>> {
+        let named = match &request.disk {
+            Some(name) => {
+                let other = backend::load_image(&self.images, name).await?;
+                Some((name.clone(), other.disk.ok_or_else(|| no_disk(name))?))
+            }
+            None => image.disk.clone().map(|disk| (request.image.clone(), disk)),
+        };
+        let mut volumes = Vec::new();
+        for name in &request.volumes {
+            let volume = backend::load_image(&self.images, name).await?.disk.ok_or_else(|| no_disk(name))?;
+            volumes.push(Golden { image: name.clone(), hash: volume.hash });
+        }
+        let Some((image, disk)) = named else {
+            if request.disk_size.is_some() || !volumes.is_empty() {
+                return Err(ApiError::new(
+                    ErrorCode::BadRequest,
+                    format!("Image '{}' has no disk, and --disk names none", shown(&request.image)),
+                )
+                .remedy("name an image with a disk by --disk; `ramet image build NAME --debian` makes one"));
+            }
+            return Ok(None);
+        };
+        let size = request.disk_size.unwrap_or(disk.size);
+        if size < disk.size || !size.bytes().is_multiple_of(4096) {
+            return Err(ApiError::new(ErrorCode::BadRequest, format!("The disk of '{image}' has {}, not {size}", disk.size))
+                .remedy("--disk-size can only make it larger, by whole pages of 4 KiB"));
+        }
+        let golden = Golden { image, hash: disk.hash };
+        let frozen = FrozenDisk { size, golden, origin: None, layers: Vec::new(), volumes };
+        Ok(Some(VmDisk { frozen, active: DiskId::random() }))
+    }
+
+    fn check_network(&self, request: &RunRequest, network: bool) -> ApiResult<()> {
+        let without = !request.publish.is_empty() || request.rate.is_some();
+        if without && !network {
+            return Err(ApiError::new(ErrorCode::BadRequest, "Ports and a rate need a network")
+                .remedy("give --network nat, or --network none for one that nothing leaves"));
+        }
+        if request.publish.iter().any(|p| p.host_port == 0 || p.guest_port == 0) {
+            return Err(ApiError::new(ErrorCode::BadRequest, "Port 0 can't be published").remedy("give 1 to 65535"));
+        }
+        Ok(())
+    }
+
+    /// Gives a VM that does not run yet its disk and its network card, both as they are on record. `link`: the card's cable
+    /// is plugged in from the beginning.
+    pub(crate) async fn give_parts(self: &Arc<Self>, running: &Running, link: bool) -> ApiResult<()> {
+        let vm = self.store.read(|s| s.vms.get(&running.id).cloned());
+        let vm = vm.ok_or_else(|| ApiError::internal("it was removed while it was made"))?;
+        let disk = async {
+            match &vm.disk {
+                Some(disk) => {
+                    let attached = self.attach_disk(&running.process, vm.family, disk).await;
+                    // It is on record.
+                    self.overlay_settled(disk.active);
+                    attached
+                }
+                None => Ok(()),
+            }
+        };
+        let nic = async {
+            let Some(nic) = &vm.nic else { return Ok(()) };
+            let tap = self.plug(vm.family, &running.process, nic, link).await?;
+            self.tap_is(running.id, tap);
+            self.spare_taps(vm.family);
+            let nic = nic.clone();
+            self.publish(vm.family, &nic, &vm.published).await
+        };
+        let (disk, nic) = tokio::join!(disk, nic);
+        disk.and(nic)
+    }
+
+    /// Puts a VM's tap on record.
+    pub(crate) fn tap_is(&self, id: VmId, tap: String) {
+        self.store.note(|s| {
+            if let Some(nic) = s.vms.get_mut(&id).and_then(|vm| vm.nic.as_mut()) {
+                nic.tap = tap;
+            }
+        });
     }
 
     /// Limits that a request must keep.
@@ -175,7 +274,10 @@ impl Daemon {
         request: &RunRequest,
         guest: &str,
         spec: &ramet_vmm::MachineSpec,
+        disk: Option<VmDisk>,
+        egress: Option<ramet_net::Egress>,
     ) -> ApiResult<String> {
+        let family = FamilyId::random();
         self.store.update(|s| {
             let name = match &request.name {
                 Some(name) => name.clone(),
@@ -194,7 +296,7 @@ impl Daemon {
                 image: request.image.clone(),
                 guest: guest.to_owned(),
                 spec: spec.clone(),
-                family: FamilyId::random(),
+                family,
                 parent: None,
                 checkpoint: None,
                 base: None,
@@ -207,8 +309,19 @@ impl Daemon {
                 dir: PathBuf::new(),
                 attached: false,
                 agent: false,
+                disk,
+                nic: None,
+                published: crate::nets::published(&request.publish),
             };
             s.vms.insert(id, record);
+            if let Some(egress) = egress {
+                let network = Some(self.new_network(s, egress, request.rate)?);
+                s.families.insert(family, FamilyRecord { id: family, network });
+                let nic = self.new_member(s, family)?;
+                if let Some(vm) = s.vms.get_mut(&id) {
+                    vm.nic = Some(nic);
+                }
+            }
             Ok(name)
         })
     }
@@ -233,8 +346,13 @@ impl Daemon {
             ending: AtomicBool::new(false),
             paused: AtomicBool::new(false),
             timeline: Mutex::default(),
+            flattening: AtomicBool::new(false),
+            disk_trouble: Mutex::default(),
         });
         lock(&self.running).insert(id, running.clone());
+        if running.process.spec().disk.is_some() || running.process.spec().volumes > 0 {
+            tokio::spawn(Self::watch_disk(running.clone()));
+        }
         let (daemon, watched) = (self.clone(), running.clone());
         tokio::spawn(async move {
             let exit = watched.process.wait_exit().await;
@@ -296,6 +414,10 @@ impl Daemon {
         if record.dir.starts_with(&self.config.state_dir) {
             let _ = fs::remove_dir_all(&record.dir);
         }
+        if let Some(nic) = &record.nic {
+            self.unpublish(record.family, &record.published).await;
+            self.unplug(record.family, nic).await;
+        }
         self.store.amend(|s| {
             if let Some(vm) = s.vms.get_mut(&id) {
                 vm.attached = false;
@@ -306,6 +428,12 @@ impl Daemon {
         });
         if let Some(image) = record.checkpoint {
             self.image_lost_a_user(image);
+        }
+        if record.disk.is_some() {
+            self.sweep_disks(record.family);
+        }
+        if record.nic.is_some() {
+            self.announce(record.family);
         }
         let starting = self.store.read(|s| s.vms.get(&id).is_some_and(VmRecord::alive));
         if !starting {
@@ -482,8 +610,10 @@ impl Daemon {
     pub(crate) fn info_of(&self, vm: &VmRecord, stalled: Option<String>) -> VmInfo {
         let running = self.running(vm.id);
         let paused = running.as_ref().is_some_and(|r| r.paused.load(Ordering::Acquire));
+        let stalled = stalled.filter(|_| vm.attached);
+        let stalled = stalled.or_else(|| running.as_ref().and_then(|r| lock(&r.disk_trouble).clone()));
         let (state, state_reason) = match (vm.state, stalled) {
-            (VmState::Running, Some(reason)) if vm.attached => (VmState::Stalled, Some(reason)),
+            (VmState::Running, Some(reason)) => (VmState::Stalled, Some(reason)),
             // A daemon before this one started it.
             (VmState::Running, _) if running.is_none() => (VmState::Stalled, vm.reason.clone()),
             (VmState::Running, _) if paused => (VmState::Paused, Some("a checkpoint is being taken".to_owned())),
@@ -511,6 +641,14 @@ impl Daemon {
             lease: vm.lease.clone(),
             pid: running.map(|r| r.process.pid()),
             agent: vm.agent,
+            network: crate::nets::describe(vm),
+            disk: vm.disk.as_ref().map(|disk| ramet_client::api::VmDisk {
+                image: disk.frozen.golden.image.clone(),
+                size: disk.frozen.size,
+                layers: u32::try_from(disk.frozen.layers.len()).unwrap_or(u32::MAX),
+                written_bytes: stored_bytes(&self.overlay_path(vm.family, disk.active)),
+                remote: disk.frozen.origin.is_some(),
+            }),
         }
     }
 
@@ -570,17 +708,32 @@ impl Daemon {
         for err in stopped.into_iter().filter_map(Result::err) {
             tracing::error!("{err}");
         }
-        for pager in self.pagers.all() {
-            self.pagers.end(pager.family).await;
+        for servers in [&self.pagers, &self.disk_servers] {
+            for server in servers.all() {
+                servers.end(server.family).await;
+            }
         }
+        self.close_networks().await;
         // Their pages are gone.
         self.store.amend(|s| {
             s.checkpoints.clear();
             s.families.clear();
         });
+        self.sweep_lost_disks();
         let _ = fs::remove_dir_all(self.config.checkpoints());
         tracing::info!(ms = begin.elapsed().as_millis(), "all VMs and pagers have ended");
     }
+}
+
+fn no_disk(image: &str) -> ApiError {
+    ApiError::new(ErrorCode::BadRequest, format!("Image '{}' has no disk", shown(image)))
+        .remedy("`ramet image ls` shows which have one; `ramet image build NAME --debian` makes one")
+}
+
+/// Bytes that a file takes on its disk.
+fn stored_bytes(path: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    fs::metadata(path).map_or(0, |m| m.blocks() * 512)
 }
 
 /// Refuses a name that a VM of this host has, and says which.

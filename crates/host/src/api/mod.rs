@@ -16,7 +16,7 @@ use axum::{
     http::{Method, request::Parts},
     middleware::{self, Next},
     response::{IntoResponse as _, Response},
-    routing::{delete, get, post},
+    routing::{delete, get, post, put},
 };
 use ramet_client::api::ErrorCode;
 use serde::de::DeserializeOwned;
@@ -104,6 +104,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/peer/hosts", post(peer::hosts))
         .route("/v1/peer/clones", post(peer::clones))
         .route("/v1/peer/pool", post(peer::pool))
+        .route("/v1/peer/families/{family}/members", put(peer::members))
         .route("/v1/peer/images/{id}", get(peer::image).delete(peer::image_drop))
         .route("/v1/peer/leases/{lease}", delete(peer::abort))
         .route("/v1/peer/leases/{lease}/commit", post(peer::commit))

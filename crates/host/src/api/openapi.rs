@@ -53,6 +53,7 @@ use super::{checkpoints, hosts, peer, upgrade, vms};
         peer::hosts,
         peer::clones,
         peer::pool,
+        peer::members,
         peer::image,
         peer::image_drop,
         peer::abort,

@@ -8,7 +8,7 @@ use axum::{
 };
 use ramet_client::api::{
     CloneResponse, ErrorBody, ErrorCode, PeerCommit, PeerHosts, PeerImageUse, PeerJoinReply, PeerJoinRequest,
-    PeerPoolRequest, PoolStatus,
+    PeerMembers, PeerPoolRequest, PoolStatus,
 };
 
 use super::{Answer, Body, Caller, Daemonic};
@@ -100,6 +100,20 @@ pub(super) async fn commit(
     Path(lease): Path<String>,
     Body(request): Body<PeerCommit>,
 ) -> ApiResult<StatusCode> {
-    daemon.peer_commit(&lease, &request)?;
+    daemon.peer_commit(&lease, &request).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Who the sender's members of a family are.
+#[utoipa::path(put, path = "/v1/peer/families/{family}/members", tag = "peer",
+    params(("family" = String, Path, description = "The family's id")),
+    request_body = PeerMembers, responses((status = 204), (status = "default", body = ErrorBody)))]
+pub(super) async fn members(
+    State(daemon): Daemonic,
+    Extension(caller): Extension<Caller>,
+    Path(family): Path<String>,
+    Body(request): Body<PeerMembers>,
+) -> ApiResult<StatusCode> {
+    daemon.peer_members(sender(&caller)?, &family, &request).await?;
     Ok(StatusCode::NO_CONTENT)
 }
