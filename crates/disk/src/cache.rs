@@ -312,10 +312,10 @@ impl Cache {
         (offset / PAGE, (offset + len).div_ceil(PAGE))
     }
 
-    fn wait_for(&self, start: u64, end: u64, gone: &AtomicBool) -> io::Result<()> {
+    fn wait_for(&self, start: u64, end: u64, gone: &dyn Fn() -> bool) -> io::Result<()> {
         let mut state = crate::lock(&self.state);
         loop {
-            if self.ending.load(Ordering::Acquire) || gone.load(Ordering::Acquire) {
+            if self.ending.load(Ordering::Acquire) || gone() {
                 return Err(io::ErrorKind::NotConnected.into());
             }
             let (missing, runs) = self.claim(&mut state, start, end);
@@ -366,7 +366,7 @@ impl Disk for Cache {
         Ok(())
     }
 
-    fn wait(&self, offset: u64, len: u64, gone: &AtomicBool) -> io::Result<()> {
+    fn wait(&self, offset: u64, len: u64, gone: &dyn Fn() -> bool) -> io::Result<()> {
         let (start, end) = Self::span(offset, len);
         let number = {
             let mut state = crate::lock(&self.state);

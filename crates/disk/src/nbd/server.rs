@@ -4,6 +4,7 @@
 //! that it holds nothing else up. A client can hold at most [`WORKERS`] threads and [`CHUNK`] bytes in each.
 
 use super::*;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use std::{
     collections::{HashMap, VecDeque},
     fs,
@@ -30,6 +31,8 @@ const WORKERS: usize = 32;
 const CHUNK: usize = 256 << 10;
 /// Bytes of a reply before its data.
 const REPLY: usize = 16;
+/// How often a thread that waits for a worker looks whether its client is there.
+const LOOK: Duration = Duration::from_millis(200);
 /// Time limit of the negotiation.
 const NEGOTIATION: Duration = Duration::from_secs(10);
 
@@ -45,11 +48,12 @@ pub trait Disk: Send + Sync + 'static {
     /// never sees an error for what may be read later.
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 
-    /// Waits until these bytes can be read, or until nobody wants them any more.
+    /// Waits until these bytes can be read, or until nobody wants them any more: `gone` says so, and is asked a few times
+    /// a second.
     ///
     /// # Errors
     /// When nobody wants them any more, or the disk ends.
-    fn wait(&self, offset: u64, len: u64, gone: &AtomicBool) -> io::Result<()>;
+    fn wait(&self, offset: u64, len: u64, gone: &dyn Fn() -> bool) -> io::Result<()>;
 
     /// A read was asked for.
     fn count(&self, bytes: u64);
@@ -84,13 +88,13 @@ struct Client {
 
 #[derive(Debug, Default)]
 struct Queue {
-    reads: VecDeque<Read1>,
+    reads: VecDeque<Wanted>,
     workers: usize,
     idle: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Read1 {
+struct Wanted {
     cookie: u64,
     offset: u64,
     len: u32,
@@ -281,7 +285,7 @@ fn is_info(data: &[u8]) -> bool {
 }
 
 /// The next read that makes sense; requests that do not, and others, are answered here. `None`: the client has ended.
-fn next_read(reader: &mut impl Read, client: &Client, size: u64) -> io::Result<Option<Read1>> {
+fn next_read(reader: &mut impl Read, client: &Client, size: u64) -> io::Result<Option<Wanted>> {
     loop {
         if u32_of(reader)? != REQUEST {
             return Err(bad("a request"));
@@ -290,7 +294,7 @@ fn next_read(reader: &mut impl Read, client: &Client, size: u64) -> io::Result<O
         let (cookie, offset, len) = (u64_of(reader)?, u64_of(reader)?, u32_of(reader)?);
         match kind {
             CMD_READ if len > 0 && len <= MAX_READ && offset.checked_add(len.into()).is_some_and(|e| e <= size) => {
-                return Ok(Some(Read1 { cookie, offset, len }));
+                return Ok(Some(Wanted { cookie, offset, len }));
             }
             CMD_DISC => return Ok(None),
             CMD_FLUSH => client.reply(cookie, 0)?,
@@ -314,10 +318,10 @@ impl Client {
     }
 
     /// Answers a read. False when it would have to wait and may not.
-    fn answer(&self, read: Read1, disk: &Arc<impl Disk>, buffer: &mut Vec<u8>, patient: bool) -> io::Result<bool> {
+    fn answer(&self, read: Wanted, disk: &Arc<impl Disk>, buffer: &mut Vec<u8>, patient: bool) -> io::Result<bool> {
         let end = read.offset + u64::from(read.len);
         if patient {
-            disk.wait(read.offset, read.len.into(), &self.gone)?;
+            disk.wait(read.offset, read.len.into(), &|| self.is_gone())?;
         }
         let mut at = read.offset;
         let mut writing = None;
@@ -332,7 +336,7 @@ impl Client {
                     if !patient && !begun {
                         return Ok(false);
                     }
-                    disk.wait(at, len as u64, &self.gone)?;
+                    disk.wait(at, len as u64, &|| self.is_gone())?;
                     continue;
                 }
                 Err(err) => return Err(err),
@@ -349,10 +353,13 @@ impl Client {
     }
 
     /// Leaves a read to a worker. Waits for one when all are busy.
-    fn enqueue(self: &Arc<Self>, read: Read1, disk: &Arc<impl Disk>) -> io::Result<()> {
+    fn enqueue(self: &Arc<Self>, read: Wanted, disk: &Arc<impl Disk>) -> io::Result<()> {
         let mut queue = crate::lock(&self.queue);
-        while queue.reads.len() >= WORKERS && !self.gone.load(Ordering::Acquire) {
-            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        while queue.reads.len() >= WORKERS {
+            if self.is_gone() {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            queue = self.changed.wait_timeout(queue, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
         queue.reads.push_back(read);
         if queue.idle < queue.reads.len() && queue.workers < WORKERS {
@@ -386,6 +393,15 @@ impl Client {
         queue.workers -= 1;
         drop(queue);
         self.changed.notify_all();
+    }
+
+    /// Whether the connection has ended, at this end or the other. The thread that reads requests does not notice while
+    /// it waits for a worker.
+    fn is_gone(&self) -> bool {
+        let mut polled = [PollFd::new(&self.stream, PollFlags::empty())];
+        self.gone.load(Ordering::Acquire)
+            || rustix::event::poll(&mut polled, Some(&Timespec::default())).is_ok()
+                && polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
     }
 
     /// Ends the connection; whoever waits for it notices.
@@ -434,10 +450,10 @@ mod tests {
             Ok(())
         }
 
-        fn wait(&self, _: u64, _: u64, gone: &AtomicBool) -> io::Result<()> {
+        fn wait(&self, _: u64, _: u64, gone: &dyn Fn() -> bool) -> io::Result<()> {
             let mut dry = self.dry.lock().unwrap();
             while !*dry {
-                if gone.load(Ordering::Acquire) {
+                if gone() {
                     return Err(io::ErrorKind::NotConnected.into());
                 }
                 dry = self.changed.wait_timeout(dry, Duration::from_millis(10)).unwrap().0;
