@@ -40,7 +40,7 @@ pub(crate) fn of_host(command: &mut Command) {
 fn before_exec(command: &mut Command, group: Option<&'static File>) {
     let Some(limit) = LIMIT.get() else { return };
     let prepare = move || -> io::Result<()> {
-        setrlimit(Resource::Nofile, limit.clone())?;
+        setrlimit(Resource::Nofile, *limit)?;
         if let Some(group) = group {
             // "0" is the writer itself. A command that cannot be moved runs all the same; it cannot be frozen.
             let _ = rustix::io::write(group, b"0");

@@ -185,11 +185,13 @@ impl Agent {
     fn work<A: serde::Serialize>(
         &self,
         frame: Frame<'_>,
-        kind: u8,
+        answer_kind: u8,
         limit_ms: u64,
         work: impl FnOnce(&Control, Ticket) -> A + Send + 'static,
     ) -> io::Result<()> {
-        if self.work.fetch_add(1, Ordering::AcqRel) >= MOST_WORK {
+        // What lets a machine run again finds its place also when all others are taken.
+        let most = if matches!(frame.kind, kind::THAW | kind::RELEASE) { 2 * MOST_WORK } else { MOST_WORK };
+        if self.work.fetch_add(1, Ordering::AcqRel) >= most {
             self.work.fetch_sub(1, Ordering::AcqRel);
             return self.refuse(frame.stream, "too many requests at a time; wait for some to end");
         }
@@ -199,7 +201,7 @@ impl Agent {
         let started = helper(move || {
             let ack = work(&control, ticket);
             under_way.fetch_sub(1, Ordering::AcqRel);
-            if let Err(error) = answer(&port, kind, stream, &ack) {
+            if let Err(error) = answer(&port, answer_kind, stream, &ack) {
                 eprintln!("ramet-agent: an answer was lost: {error}");
             }
         });
