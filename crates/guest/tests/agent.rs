@@ -5,7 +5,6 @@ use ramet_guest::host::{AgentClient, AgentError, ExecEvent, ExecRequest};
 use ramet_guest::protocol::{self, Decoder, HelloAck, INITIAL_CREDIT, MAX_PAYLOAD, kind};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdStream;
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -18,13 +17,7 @@ const AGENT: &str = env!("CARGO_BIN_EXE_ramet-agent");
 /// An agent that serves one end of a socket pair, with a root of its own; killed at the end.
 struct Agent {
     child: Child,
-    root: tempfile::TempDir,
-}
-
-impl Agent {
-    fn at(&self, path: &str) -> PathBuf {
-        self.root.path().join(path)
-    }
+    _root: tempfile::TempDir,
 }
 
 impl Drop for Agent {
@@ -35,23 +28,17 @@ impl Drop for Agent {
 }
 
 fn start() -> (Agent, UnixStream) {
-    start_in(tempfile::tempdir().unwrap(), &[])
-}
-
-/// `within` is a command that runs another one.
-fn start_in(root: tempfile::TempDir, within: &[&str]) -> (Agent, UnixStream) {
+    let root = tempfile::tempdir().unwrap();
     let (ours, theirs) = StdStream::pair().unwrap();
     // As from a script's background, where interrupts are ignored.
-    let script = "trap '' INT QUIT; root=$1; shift; exec \"$@\" \"$0\" --root \"$root\" serve --stdin";
     let child = Command::new("sh")
-        .args(["-c", script, AGENT])
+        .args(["-c", "trap '' INT QUIT; exec \"$0\" --root \"$1\" serve --stdin", AGENT])
         .arg(root.path())
-        .args(within)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .spawn()
         .unwrap();
     ours.set_nonblocking(true).unwrap();
-    (Agent { child, root }, UnixStream::from_std(ours).unwrap())
+    (Agent { child, _root: root }, UnixStream::from_std(ours).unwrap())
 }
 
 async fn client() -> (Agent, AgentClient) {
