@@ -261,7 +261,9 @@ impl System<'_> {
             command.arg(format!("--dpkgopt={line}"));
         }
         command.arg("").arg(&self.root).arg(&sources);
-        command.env("LC_ALL", "C").env("SOURCE_DATE_EPOCH", self.epoch.to_string());
+        // Nothing of this user's gets into the image, or into what makes it.
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("HOME", "/root").env("LC_ALL", "C");
+        command.env("SOURCE_DATE_EPOCH", self.epoch.to_string());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         let tool = |source| ImageError::Tool { tool: "mmdebstrap".into(), source };
         let mut child = command.spawn().map_err(tool)?;

@@ -113,8 +113,9 @@ async fn an_installed_system_boots_from_its_disk_and_serves() {
     assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
 
     let begun = Instant::now();
-    let machine = boot(&image);
-    let serial = || std::fs::read_to_string(machine.dir.path().join("serial")).unwrap_or_default();
+    let mut machine = boot(&image);
+    let serial_path = machine.dir.path().join("serial");
+    let serial = || std::fs::read_to_string(&serial_path).unwrap_or_default();
     let client = match AgentClient::connect(machine.dir.path().join("agent"), LIMIT).await {
         Ok(client) => client.with_limit(LIMIT),
         Err(error) => panic!("{error}\n{}", serial()),
@@ -146,8 +147,17 @@ async fn an_installed_system_boots_from_its_disk_and_serves() {
     assert_eq!(code, 0, "{text}");
     let (_, text) = sh(&client, "systemd-analyze; systemd-analyze blame --no-pager | head -15").await;
     eprintln!("{text}");
-    drop(machine);
+    client.shutdown().await.unwrap();
+    let begun = Instant::now();
+    while machine.qemu.try_wait().unwrap().is_none() {
+        assert!(begun.elapsed() < LIMIT, "it does not power off\n{}", serial());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    eprintln!("off after {:?}", begun.elapsed());
     image.verify().unwrap();
+
+    let again = store.build_debian(&options("test", &["apache2"]), 1 << 30, &mut |_| {}).unwrap();
+    assert_eq!(again.manifest.disk, Some(record), "the same input, the same disk");
     store.remove("test").unwrap();
 }
 
