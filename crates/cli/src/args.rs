@@ -588,6 +588,24 @@ mod tests {
     }
 
     #[test]
+    fn a_size_is_a_disks() {
+        let build = |line: &str| match parse(line).map(|cli| cli.command) {
+            Ok(Command::Image(ImageCommand::Build(args))) => Some(args),
+            _ => None,
+        };
+        let plain = build("ramet image build web --packages nginx").unwrap();
+        assert!(!plain.debian);
+        let debian = build("ramet image build web --debian --packages apache2,php-fpm --suite trixie").unwrap();
+        assert!(debian.debian && debian.packages == ["apache2", "php-fpm"]);
+        assert_eq!(debian.size.bytes(), ramet_image::DEFAULT_DISK_SIZE);
+        assert_eq!(build("ramet image build --debian --size 512M").unwrap().size, ByteSize::mib(512));
+        assert!(build("ramet image build tiny --tiny /x").is_some());
+        for bad in ["--size 1G", "--debian --size much", "--debian --tiny /x"] {
+            assert!(build(&format!("ramet image build x {bad}")).is_none(), "{bad}");
+        }
+    }
+
+    #[test]
     fn one_daemon_at_a_time() {
         assert!(parse("ramet ps --socket /x --lab y").is_err());
         assert!(parse("ramet run --memory lots").is_err());

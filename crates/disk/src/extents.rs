@@ -285,7 +285,7 @@ mod tests {
                 prop_assert!((extent.start..extent.end()).contains(&(page as u64)));
             }
             prop_assert_eq!(map.at(model.len() as u64), None);
-            prop_assert_eq!(ExtentMap::decode(&map.encode()).as_ref(), Ok(&map));
+            prop_assert_eq!(ExtentMap::decode(&map.encode()), Ok(map.clone()));
             let json = serde_json::to_string(&map).unwrap();
             prop_assert_eq!(serde_json::from_str::<ExtentMap>(&json).unwrap(), map.clone());
             let (from, to) = (model.len() as u64 / 3, model.len() as u64 / 2);

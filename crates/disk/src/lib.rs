@@ -24,11 +24,18 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod cache;
 pub mod chain;
 pub mod control;
+pub mod export;
 pub mod extents;
+pub mod host;
 mod ids;
+pub mod listener;
+pub mod nbd;
 pub mod overlay;
+pub mod serve;
+pub mod source;
 
 pub use chain::{ChainPaths, ChainSpec, GoldenRef, LayerFile};
 pub use extents::{Extent, ExtentMap, Kind};

@@ -245,7 +245,7 @@ impl std::fmt::Debug for Identity {
 }
 
 /// What `ramet-agent id` shows, and what `/run/ramet/id` holds: an [`Identity`] without its secrets.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestId {
     /// See [`Identity::clone_number`].
     pub clone_number: u32,

@@ -12,27 +12,33 @@ use tokio::net::{UnixListener, UnixStream};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const MOST: usize = 8 << 20;
+const AGENT: &str = env!("CARGO_BIN_EXE_ramet-agent");
 
-/// An agent that serves one end of a socket pair; killed at the end.
-struct Agent(Child);
+/// An agent that serves one end of a socket pair, with a root of its own; killed at the end.
+struct Agent {
+    child: Child,
+    _root: tempfile::TempDir,
+}
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
 fn start() -> (Agent, UnixStream) {
+    let root = tempfile::tempdir().unwrap();
     let (ours, theirs) = StdStream::pair().unwrap();
     // As from a script's background, where interrupts are ignored.
     let child = Command::new("sh")
-        .args(["-c", "trap '' INT QUIT; exec \"$0\" serve --stdin", env!("CARGO_BIN_EXE_ramet-agent")])
+        .args(["-c", "trap '' INT QUIT; exec \"$0\" --root \"$1\" serve --stdin", AGENT])
+        .arg(root.path())
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .spawn()
         .unwrap();
     ours.set_nonblocking(true).unwrap();
-    (Agent(child), UnixStream::from_std(ours).unwrap())
+    (Agent { child, _root: root }, UnixStream::from_std(ours).unwrap())
 }
 
 async fn client() -> (Agent, AgentClient) {

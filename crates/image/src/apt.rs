@@ -55,6 +55,7 @@ pub(crate) struct Apt {
     archives: PathBuf,
     status: PathBuf,
     empty: PathBuf,
+    pkgcache: PathBuf,
     suite: Option<Suite>,
 }
 
@@ -97,8 +98,6 @@ impl Suite {
             ("Dir::Etc::sourceparts", Path::new("/dev/null")),
             ("Dir::Etc::preferences", Path::new("/dev/null")),
             ("Dir::Etc::preferencesparts", Path::new("/dev/null")),
-            ("Dir::Cache::pkgcache", Path::new("")),
-            ("Dir::Cache::srcpkgcache", Path::new("")),
         ] {
             command.arg("-o").arg(option(name, path));
         }
@@ -186,7 +185,7 @@ impl Apt {
     pub(crate) fn new(cache: &Path, work: &Path, suite: Option<&str>) -> Result<Self, ImageError> {
         let suite = suite.map(|name| Suite::new(name, cache, work)).transpose()?;
         let (archives, status, empty) = (cache.join("debs"), work.join("status"), work.join("no-archives"));
-        let apt = Self { archives, status, empty, suite };
+        let apt = Self { archives, status, empty, pkgcache: work.join("pkgcache.bin"), suite };
         for dir in [&apt.archives, &apt.empty] {
             fs::create_dir_all(dir.join("partial")).named("make", dir)?;
         }
@@ -199,6 +198,9 @@ impl Apt {
         command.env("LC_ALL", "C").env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null());
         command.arg("-o").arg(option("Dir::State::status", &self.status));
         command.arg("-o").arg(option("Dir::Cache::archives", archives));
+        // So that the lists are read once in a build.
+        command.arg("-o").arg(option("Dir::Cache::pkgcache", &self.pkgcache));
+        command.arg("-o").arg(option("Dir::Cache::srcpkgcache", &self.pkgcache.with_extension("src")));
         // The places are ours alone, and the one that downloads need not be another user's.
         command.args(["-o", "Debug::NoLocking=true", "-o", "APT::Sandbox::User=root", "-o", "APT::Status-Fd=1"]);
         command.args(["-o", "APT::Get::AllowUnauthenticated=false", "-qq", "--yes", "--no-install-recommends"]);
@@ -251,7 +253,7 @@ impl Apt {
                 return Err(self.no_package(package));
             }
         }
-        let output = run(self.command(&self.empty).args(["--print-uris", "install", "--"]).args(packages))?;
+        let output = self.ask(packages)?;
         if !output.good {
             if let Some(package) = packages.iter().find(|package| output.stderr.contains(&format!("package {package}")))
             {
@@ -271,13 +273,18 @@ impl Apt {
         run(self.command(&self.empty).args(["--print-uris", "install", "--", package])).is_ok_and(|output| output.good)
     }
 
+    fn ask(&self, packages: &[&str]) -> Result<Output, ImageError> {
+        run(self.command(&self.empty).args(["--print-uris", "install", "--"]).args(packages))
+    }
+
     /// What [`Apt::resolve`] finds for the packages and for what every installed system has.
     pub(crate) fn resolve_system(&self, packages: &[&str]) -> Result<Vec<Deb>, ImageError> {
-        // Names are checked there. A system that cannot be resolved is not the fault of one of them.
-        self.resolve(packages)?;
-        let output =
-            run(self.command(&self.empty).args(["--print-uris", "install", "--"]).args(SYSTEM).args(packages))?;
+        let wanted: Vec<&str> = SYSTEM.iter().chain(packages).copied().collect();
+        let named = packages.iter().all(|package| is_package_name(package));
+        let output = if named { self.ask(&wanted)? } else { Output::default() };
         if !output.good {
+            // Names the package, if one of them is to blame.
+            self.resolve(packages)?;
             let what = format!("find what a system with {} needs", packages.join(", "));
             return Err(ImageError::Apt { what, reason: output.stderr });
         }
@@ -382,6 +389,7 @@ fn fetch(
     Ok(if child.wait().map_err(tool)?.success() { None } else { Some(said(&stderr)) })
 }
 
+#[derive(Default)]
 struct Output {
     good: bool,
     stdout: String,

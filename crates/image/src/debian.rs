@@ -116,33 +116,33 @@ impl ImageStore {
         let mut wanted = BASE.to_vec();
         wanted.extend(options.packages.iter().map(String::as_str));
         let debs = apt.resolve_system(&wanted)?;
-        let busybox = apt.resolve(&["busybox-static"])?;
-        let kernel_debs: Vec<Deb> = apt.resolve(&[kernel])?.into_iter().filter(is_kernel).collect();
+        // Of these only the kernel and busybox, for the initramfs.
+        let boot_debs = apt.resolve(&[kernel, "busybox-static"])?;
+        let kernel_debs: Vec<&Deb> = boot_debs.iter().filter(|deb| is_kernel(deb)).collect();
         progress(Progress { stage: Stage::Downloading, fraction: 0.0 });
         apt.download_system(&wanted, progress)?;
-        apt.download(&["busybox-static"], progress)?;
-        apt.download(&[kernel], progress)?;
+        apt.download(&[kernel, "busybox-static"], progress)?;
 
         progress(Progress { stage: Stage::Unpacking, fraction: 0.0 });
         let (kernel_root, busybox_root) = (scratch.path().join("kernel"), scratch.path().join("busybox"));
         for deb in &kernel_debs {
             apt.unpack(deb, &kernel_root)?;
         }
-        for deb in busybox.iter().filter(|deb| deb.name() == "busybox-static") {
+        for deb in boot_debs.iter().filter(|deb| deb.name() == "busybox-static") {
             apt.unpack(deb, &busybox_root)?;
         }
         let (vmlinuz, version) = find_kernel(&kernel_root, kernel)?;
         fs::copy(&vmlinuz, work.path().join("kernel")).named("copy", &vmlinuz)?;
         write_initrd(&work.path().join("initrd"), &kernel_root, &version, &busybox_root)?;
 
-        let epoch = newest(debs.iter().chain(&kernel_debs).map(|deb| apt.path(deb)))?;
+        let epoch = newest(debs.iter().chain(kernel_debs.iter().copied()).map(|deb| apt.path(deb)))?;
         let system = System { root: scratch.path().join("system"), scratch: scratch.path(), epoch };
         system.install(&apt, &debs, &wanted, progress)?;
         let lists = apt.lists()?;
         system.set_up(&lists, &options.packages, &options.agent)?;
         system.add_modules(&kernel_root, &version)?;
         added.lay_over(&system.root)?;
-        let mut contents: Vec<String> = kernel_debs.iter().map(Deb::title).collect();
+        let mut contents: Vec<String> = kernel_debs.iter().map(|deb| deb.title()).collect();
         contents.extend(system.contents()?);
 
         progress(Progress { stage: Stage::Formatting, fraction: 0.0 });
@@ -261,7 +261,9 @@ impl System<'_> {
             command.arg(format!("--dpkgopt={line}"));
         }
         command.arg("").arg(&self.root).arg(&sources);
-        command.env("LC_ALL", "C").env("SOURCE_DATE_EPOCH", self.epoch.to_string());
+        // Nothing of this user's gets into the image, or into what makes it.
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("HOME", "/root").env("LC_ALL", "C");
+        command.env("SOURCE_DATE_EPOCH", self.epoch.to_string());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         let tool = |source| ImageError::Tool { tool: "mmdebstrap".into(), source };
         let mut child = command.spawn().map_err(tool)?;

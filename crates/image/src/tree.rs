@@ -6,7 +6,7 @@ use crate::cpio::{Entry, Writer};
 use crate::error::{ImageError, Named};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -135,17 +135,19 @@ impl Tree {
     }
 
     /// Lays everything over the directory `root`. What is there and is no directory is replaced; directories that are
-    /// there stay as they are.
+    /// there stay as they are. Links of directories count as in the guest: nothing outside `root` is touched.
     pub(crate) fn lay_over(&self, root: &Path) -> Result<(), ImageError> {
         for (path, item) in &self.items {
-            let to = root.join(path);
-            let there = fs::symlink_metadata(&to).ok();
-            match &item.node {
-                Node::Dir | Node::Link(_) if there.as_ref().is_some_and(fs::Metadata::is_dir) => continue,
+            let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
+            let to = inside(root, parent, 0).named("follow", &root.join(parent))?.join(name);
+            if item.node == Node::Dir && inside(root, path, 0).is_ok_and(|dir| dir.is_dir()) {
+                continue;
+            }
+            match fs::symlink_metadata(&to) {
                 // The links of a merged root.
-                Node::Dir if to.is_dir() => continue,
-                _ if there.is_some() => fs::remove_file(&to).named("replace", &to)?,
-                _ => {}
+                Ok(there) if there.is_dir() && matches!(item.node, Node::Link(_)) => continue,
+                Ok(_) => fs::remove_file(&to).named("replace", &to)?,
+                Err(_) => {}
             }
             match &item.node {
                 Node::Dir => fs::create_dir(&to).named("make", &to)?,
@@ -154,11 +156,8 @@ impl Tree {
                 Node::File(from) => {
                     fs::copy(from, &to).named("copy", from)?;
                     let modified = fs::metadata(from).and_then(|metadata| metadata.modified()).named("read", from)?;
-                    File::options()
-                        .write(true)
-                        .open(&to)
-                        .and_then(|file| file.set_modified(modified))
-                        .named("write", &to)?;
+                    let set = File::options().write(true).open(&to).and_then(|file| file.set_modified(modified));
+                    set.named("write", &to)?;
                 }
                 Node::Char(..) => continue,
             }
@@ -193,6 +192,31 @@ impl Tree {
         }
         writer.finish().named("write", path_of_archive)
     }
+}
+
+/// Where a path of the guest is on the host: all its links followed as if `root` were the root.
+fn inside(root: &Path, path: &str, depth: u8) -> io::Result<PathBuf> {
+    if depth > 40 {
+        return Err(io::Error::other("too many links"));
+    }
+    // Within the root, without a leading `/`.
+    let mut at = PathBuf::new();
+    for part in path.split('/').filter(|part| !part.is_empty() && *part != ".") {
+        if part == ".." {
+            at.pop();
+            continue;
+        }
+        match fs::read_link(root.join(&at).join(part)) {
+            Ok(target) => {
+                let base = if target.is_absolute() { Path::new("") } else { &at };
+                let target = target.to_str().ok_or_else(|| io::Error::other("a link that is not UTF-8"))?;
+                let next = format!("{}/{target}", base.display());
+                at = inside(root, &next, depth + 1)?.strip_prefix(root).map_err(io::Error::other)?.to_owned();
+            }
+            Err(_) => at.push(part),
+        }
+    }
+    Ok(root.join(at))
 }
 
 /// The path without leading `/` and `.`, and with `/bin` and the like under `/usr`.
@@ -259,6 +283,12 @@ mod tests {
         tree.bytes("/bin/tool", 0o755, "tool");
         tree.link("/etc/unit", "/dev/null");
         tree.dir("/srv/deep", 0o700);
+        // Such links are in every Debian system; they must not lead out of it.
+        std::os::unix::fs::symlink("/run", root.join("var-run")).unwrap();
+        std::os::unix::fs::symlink("../../../../run", root.join("etc/up")).unwrap();
+        fs::create_dir(root.join("run")).unwrap();
+        tree.bytes("/var-run/ramet-test-one", 0o644, "one");
+        tree.bytes("/etc/up/ramet-test-two", 0o644, "two");
         if !rustix::process::geteuid().is_root() {
             return;
         }
@@ -268,6 +298,9 @@ mod tests {
             assert_eq!(fs::read(dir.path().join("outside")).unwrap(), b"mine");
             assert_eq!(fs::metadata(root.join("usr/bin/tool")).unwrap().permissions().mode() & 0o7777, 0o755);
             assert_eq!(fs::metadata(root.join("srv/deep")).unwrap().permissions().mode() & 0o7777, 0o700);
+            assert_eq!(fs::read(root.join("run/ramet-test-one")).unwrap(), b"one");
+            assert_eq!(fs::read(root.join("run/ramet-test-two")).unwrap(), b"two");
+            assert!(!Path::new("/run/ramet-test-one").exists() && !Path::new("/run/ramet-test-two").exists());
             assert_eq!(fs::read_link(root.join("etc/unit")).unwrap(), Path::new("/dev/null"));
         }
     }

@@ -23,9 +23,14 @@
 #![warn(missing_docs)]
 
 mod addr;
+mod dhcp;
 mod error;
 mod host;
+mod netlink;
 mod network;
+mod rules;
+mod space;
+mod sys;
 
 pub use addr::{AddressPlan, MacAddr, Member, Subnet};
 pub use error::{Error, Result};

@@ -1,11 +1,32 @@
 //! One family's network on this host.
 
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::{Member, Result, Subnet};
+use crate::dhcp::{Responder, Terms};
+use crate::host::{HostInner, Port, check_name, delete_devices, device, devices, forward, set_elements};
+use crate::netlink::{Element, Key, Message, PortFlags, Socket};
+use crate::rules::{self, BRIDGE, DHCP, Published, TABLE, TUNNEL, UPLINK};
+use crate::space::{Space, TC, ip_batch, nft, sysctl};
+use crate::{Error, MacAddr, Member, Result, Subnet, sys};
+
+/// Descriptors of `/dev/net/tun` kept open: opening one takes a thread that enters the namespace.
+const TUNS: usize = 16;
+/// The most characters of a tap's name.
+const TAP_NAME: usize = 11;
+/// Names that no tap can have.
+const RESERVED: [&str; 5] = [BRIDGE, TUNNEL, UPLINK, DHCP, "lo"];
 
 /// What a network is to be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,71 +113,699 @@ pub struct Counters {
 /// Dropping it removes nothing from the kernel: [`crate::HostNet::remove`] does.
 #[derive(Clone, Debug)]
 pub struct Network {
+    inner: Arc<Inner>,
+}
+
+/// Locks, also after a panic elsewhere: what these locks guard is whole between any two statements that may panic.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Who is where.
+#[derive(Debug, Default)]
+pub(crate) struct Members {
+    /// Tap to member.
+    admitted: BTreeMap<String, Member>,
+    /// Members on other hosts; [`Ipv4Addr::UNSPECIFIED`] for those of before a crash, whose host is not known.
+    remote: BTreeMap<Member, Ipv4Addr>,
+}
+
+impl Members {
+    /// The admitted member with an address.
+    pub(crate) fn of_mac(&self, mac: MacAddr) -> Option<Member> {
+        self.admitted.values().find(|member| member.mac == mac).copied()
+    }
+}
+
+/// The two ends of a family's veth pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Link {
+    host: Ipv4Addr,
+    inner: Ipv4Addr,
+}
+
+impl Link {
+    /// How many there are.
+    const COUNT: u32 = 1 << 12;
+
+    fn nth(number: u32) -> Self {
+        let base = Ipv4Addr::new(169, 254, 192, 0).to_bits() + 4 * (number % Self::COUNT);
+        Self { host: Ipv4Addr::from_bits(base + 1), inner: Ipv4Addr::from_bits(base + 2) }
+    }
+
+    /// The one whose host's end has an address.
+    fn of_host(ip: Ipv4Addr) -> Option<Self> {
+        let offset = ip.to_bits().checked_sub(Ipv4Addr::new(169, 254, 192, 0).to_bits())?;
+        let link = Self::nth(offset / 4);
+        (offset / 4 < Self::COUNT && link.host == ip).then_some(link)
+    }
+}
+
+/// A network, its sockets, and what it knows.
+#[derive(Debug)]
+pub(crate) struct Inner {
     name: String,
+    mtu: u16,
+    host: Arc<HostInner>,
+    space: Space,
+    link: Link,
+    route: Socket,
+    filter: Socket,
+    /// For questions about devices.
+    control: OwnedFd,
+    bridge: u32,
+    tunnel: Option<u32>,
+    tuns: Mutex<Vec<OwnedFd>>,
+    members: Arc<Mutex<Members>>,
+    dhcp: Mutex<Option<Responder>>,
+    gone: AtomicBool,
+}
+
+/// Checks a spec.
+fn check(spec: &NetworkSpec) -> Result<()> {
+    check_name("a network", &spec.name, 8, &[])?;
+    let bad = |what, value: String, remedy| Err(Error::BadValue { what, value, remedy });
+    if spec.vni == 0 || spec.vni >= 1 << 24 {
+        return bad("a network's number", spec.vni.to_string(), "use 1 to 16777215");
+    }
+    if !(576..=9000).contains(&spec.mtu) {
+        return bad("the MTU of a network", spec.mtu.to_string(), "use 576 to 9000");
+    }
+    match spec.rate {
+        Some(rate) if !(64_000..=1_000_000_000_000).contains(&rate) => {
+            bad("a rate in bits per second", rate.to_string(), "use 64000 to 10^12, or none")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Takes the fields of a concatenated element, as `nft -json` tells it.
+fn fields(element: &Value) -> Vec<&str> {
+    element["concat"].as_array().into_iter().flatten().filter_map(Value::as_str).collect()
+}
+
+/// Who the filter of the calling thread's namespace lets in.
+fn adopt() -> Result<Members> {
+    let mut members = Members::default();
+    for element in set_elements("bridge", TABLE, "source")? {
+        if let [tap, mac, ip] = fields(&element)[..]
+            && let (Ok(mac), Ok(ip)) = (mac.parse(), ip.parse())
+        {
+            members.admitted.insert(tap.to_owned(), Member { mac, ip });
+        }
+    }
+    for element in set_elements("bridge", TABLE, "remote")? {
+        if let [mac, ip] = fields(&element)[..]
+            && let (Ok(mac), Ok(ip)) = (mac.parse(), ip.parse())
+        {
+            members.remote.insert(Member { mac, ip }, Ipv4Addr::UNSPECIFIED);
+        }
+    }
+    Ok(members)
+}
+
+impl Inner {
+    /// Makes a network, or what of it is missing.
+    pub(crate) fn make(
+        host: &Arc<HostInner>,
+        spec: &NetworkSpec,
+        path: &Path,
+        open: Option<Arc<Self>>,
+    ) -> Result<Arc<Self>> {
+        check(spec)?;
+        let plan = host.options.plan;
+        let space = match Space::mounted(path)? {
+            Some(space) => space,
+            None => Space::make(path)?,
+        };
+        // The rules come before the first device, and settings before both.
+        let members = space.run(|| {
+            settings()?;
+            let mut script = rules::routing(plan, &spec.egress, &host.published(&spec.name));
+            let members = if open.is_none() {
+                let members = adopt()?;
+                let admitted: Vec<_> = members.admitted.iter().map(|(tap, member)| (tap.clone(), *member)).collect();
+                let remote: Vec<_> = members.remote.keys().copied().collect();
+                script += &rules::filter(&admitted, &remote);
+                Some(members)
+            } else {
+                None
+            };
+            nft("install a network's rules", &script)?;
+            bridge(host, spec)?;
+            Ok(members)
+        })?;
+        let link = veth(host, spec, path, &space)?;
+        tunnel(host, spec, path, &space)?;
+        if let Some(open) = open {
+            return Ok(open);
+        }
+        let inner = space.run(|| {
+            let failed = |source: io::Error| Error::kernel("open the sockets of a network", source);
+            let control = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+                .map_err(|errno| failed(errno.into()))?;
+            let index = |name| {
+                netdevice::name_to_index(&control, name).map_err(|errno| Error::kernel(format!("find {name}"), errno))
+            };
+            let bridge = index(BRIDGE)?;
+            let tunnel = host.options.tunnel.map(|_| index(TUNNEL)).transpose()?;
+            Ok(Self {
+                name: spec.name.clone(),
+                mtu: spec.mtu,
+                host: Arc::clone(host),
+                space: Space::current()?,
+                link,
+                route: Socket::route().map_err(failed)?,
+                filter: Socket::filter().map_err(failed)?,
+                control,
+                bridge,
+                tunnel,
+                tuns: Mutex::new(open_tuns()?),
+                members: Arc::new(Mutex::new(members.unwrap_or_default())),
+                dhcp: Mutex::default(),
+                gone: AtomicBool::new(false),
+            })
+        })?;
+        Ok(Arc::new(inner))
+    }
+
+    /// Ends the responder, and bars further work.
+    pub(crate) fn end(&self) {
+        self.gone.store(true, Ordering::SeqCst);
+        let responder = locked(&self.dhcp).take();
+        drop(responder);
+        locked(&self.tuns).clear();
+    }
+
+    fn alive(&self) -> Result<()> {
+        if self.gone.load(Ordering::SeqCst) { Err(Error::Gone { name: self.name.clone() }) } else { Ok(()) }
+    }
+
+    fn index(&self, device: &str) -> Result<u32, Errno> {
+        netdevice::name_to_index(&self.control, device)
+    }
+
+    /// Makes a tap that is a port of the bridge and up.
+    fn tap(&self, name: &str, vnet_header: bool, flags: PortFlags) -> Result<OwnedFd> {
+        let failed = |source: io::Error| Error::kernel(format!("make the tap {name} of the network {}", self.name), source);
+        let fd = {
+            let mut tuns = locked(&self.tuns);
+            if tuns.is_empty() {
+                *tuns = self.space.run(open_tuns)?;
+            }
+            tuns.pop().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?
+        };
+        sys::attach_tap(&fd, name, vnet_header).map_err(failed)?;
+        let index = self.index(name).map_err(|errno| failed(errno.into()))?;
+        self.route
+            .send_all(vec![
+                Message::enslave(index, self.bridge, self.mtu),
+                Message::port_flags(index, flags),
+                Message::up(index),
+            ])
+            .map_err(failed)?;
+        Ok(fd)
+    }
+
+    /// Takes away what a member had at a tap.
+    fn forget(&self, tap: &str, member: Member) -> Result<()> {
+        let failed = |source: io::Error| {
+            Error::kernel(format!("expel {member} from the tap {tap} of the network {}", self.name), source)
+        };
+        // The filter first: from here on, nothing of it passes.
+        let elements = elements(tap, member);
+        match self.filter.elements(TABLE, &elements, false) {
+            Ok(()) => {}
+            Err(error) if missing(&error) => {
+                // All or none, and one was missing: so each on its own.
+                for element in &elements {
+                    match self.filter.elements(TABLE, std::slice::from_ref(element), false) {
+                        Err(error) if !missing(&error) => return Err(failed(error)),
+                        _ => {}
+                    }
+                }
+            }
+            Err(error) => return Err(failed(error)),
+        }
+        let mut messages = vec![Message::delete_neighbour(self.bridge, member.ip)];
+        if let Ok(index) = self.index(tap) {
+            messages.push(Message::delete_fdb(index, member.mac));
+        }
+        for answer in self.route.send(messages).map_err(failed)? {
+            match answer {
+                Err(errno) if !missing(&errno.into()) => return Err(failed(errno.into())),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the kernel said that what is to be taken away is not there.
+fn missing(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    [Errno::NOENT, Errno::NODEV, Errno::SRCH, Errno::NXIO].iter().any(|gone| errno == Some(*gone))
+}
+
+/// The filter's elements for a member at a tap.
+fn elements(tap: &str, Member { mac, ip }: Member) -> Vec<Element> {
+    let key = || Key::default().device(tap).mac(mac);
+    vec![
+        Element { set: "source", key: key().ip(ip) },
+        Element { set: "arp_source", key: key().mac(mac).ip(ip) },
+        Element { set: "dhcp_source", key: key() },
+    ]
+}
+
+/// The filter's element for a member on another host.
+fn remote_element(Member { mac, ip }: Member) -> Element {
+    Element { set: "remote", key: Key::default().mac(mac).ip(ip) }
+}
+
+/// Opens a stock of `/dev/net/tun`. The taps made of them are in the calling thread's namespace.
+fn open_tuns() -> Result<Vec<OwnedFd>> {
+    let path = "/dev/net/tun";
+    (0..TUNS)
+        .map(|_| OpenOptions::new().read(true).write(true).open(path).map(OwnedFd::from))
+        .collect::<io::Result<_>>()
+        .map_err(|source| Error::kernel(format!("open {path}"), source))
+}
+
+/// Settings of the family's namespace.
+fn settings() -> Result<()> {
+    for group in ["all", "default"] {
+        sysctl(&format!("net/ipv6/conf/{group}/disable_ipv6"), "1", true)?;
+        sysctl(&format!("net/ipv4/conf/{group}/send_redirects"), "0", false)?;
+        sysctl(&format!("net/ipv4/conf/{group}/accept_redirects"), "0", false)?;
+        sysctl(&format!("net/ipv4/conf/{group}/rp_filter"), "1", false)?;
+    }
+    sysctl("net/ipv4/ip_forward", "1", false)?;
+    // Set to 1 in a new namespace where `br_netfilter` is loaded: members' frames would go through the IP rules too.
+    for key in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables", "bridge-nf-call-arptables"] {
+        sysctl(&format!("net/bridge/{key}"), "0", true)?;
+    }
+    Ok(())
+}
+
+/// Makes the bridge with the gateway's addresses.
+fn bridge(host: &HostInner, spec: &NetworkSpec) -> Result<()> {
+    let (plan, mtu) = (host.options.plan, spec.mtu);
+    let gateway = plan.gateway();
+    let mut lines = Vec::new();
+    if device(&devices(&["-j", "link", "show"])?, BRIDGE).is_none() {
+        lines.push(format!("link add {BRIDGE} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"));
+    }
+    lines.push(format!("link set dev {BRIDGE} address {} mtu {mtu}", gateway.mac));
+    lines.push(format!("addr replace {}/{} dev {BRIDGE}", gateway.ip, plan.prefix()));
+    lines.push("link set dev lo up".to_owned());
+    lines.push(format!("link set dev {BRIDGE} up"));
+    ip_batch("make a network's bridge", &lines)
+}
+
+/// Makes the veth pair, with addresses, a route, and the rate.
+fn veth(host: &HostInner, spec: &NetworkSpec, path: &Path, space: &Space) -> Result<Link> {
+    let name = format!("{}{}", rules::veth_prefix(&host.options.tag), spec.name);
+    let inside = space.run(|| devices(&["-j", "link", "show"]))?;
+    let link = host.space.run(|| {
+        let there = devices(&["-j", "-4", "addr", "show"])?;
+        let addresses = |device: &Value| -> Vec<Ipv4Addr> {
+            let list = device["addr_info"].as_array().into_iter().flatten();
+            list.filter_map(|info| info["local"].as_str()?.parse().ok()).collect()
+        };
+        // Also those that have no address are to be seen, so not out of `there`.
+        let whole = device(&devices(&["-j", "link", "show"])?, &name).is_some() && device(&inside, UPLINK).is_some();
+        if !whole {
+            space.run(|| delete_devices(&[UPLINK]))?;
+            delete_devices(&[&name])?;
+            let netns = path.display();
+            ip_batch("make a network's veth pair", &[format!("link add {name} type veth peer name {UPLINK} netns {netns}")])?;
+        }
+        let own = device(&there, &name).map(addresses).unwrap_or_default();
+        let link = match own.into_iter().find_map(Link::of_host).filter(|_| whole) {
+            Some(link) => link,
+            None => {
+                let taken: Vec<_> = there.iter().flat_map(addresses).collect();
+                // Starts where no other daemon of this host is likely to look at the same time.
+                let start = name.bytes().fold(7u32, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
+                (0..Link::COUNT)
+                    .map(|step| Link::nth(start.wrapping_add(step)))
+                    .find(|link| !taken.contains(&link.host) && !taken.contains(&link.inner))
+                    .ok_or(Error::BadValue {
+                        what: "one more network on this host",
+                        value: Link::COUNT.to_string(),
+                        remedy: "remove one",
+                    })?
+            }
+        };
+        sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1", true)?;
+        // So that the host's own connections to 127.0.0.1 can be forwarded. What families send there is dropped.
+        sysctl(&format!("net/ipv4/conf/{name}/route_localnet"), "1", false)?;
+        ip_batch(
+            "set a network's veth up",
+            &[
+                format!("addr replace {}/30 dev {name}", link.host),
+                format!("link set dev {name} mtu {} up", spec.mtu),
+            ],
+        )?;
+        rate(&name, spec.rate)?;
+        Ok(link)
+    })?;
+    space.run(|| {
+        ip_batch(
+            "set a network's way out up",
+            &[
+                format!("addr replace {}/30 dev {UPLINK}", link.inner),
+                format!("link set dev {UPLINK} mtu {} up", spec.mtu),
+                format!("route replace default via {} dev {UPLINK}", link.host),
+            ],
+        )?;
+        rate(UPLINK, spec.rate)
+    })?;
+    Ok(link)
+}
+
+/// Limits what leaves by a device, or lifts the limit.
+fn rate(name: &str, rate: Option<u64>) -> Result<()> {
+    match rate {
+        Some(rate) => {
+            // 20 ms at full rate, and never less than a few large packets.
+            let (rate, burst) = (format!("{rate}bit"), (rate / 400).clamp(32 << 10, 256 << 20).to_string());
+            let arguments = ["qdisc", "replace", "dev", name, "root", "tbf", "rate", &rate, "burst", &burst];
+            TC.run("limit a network's rate", &[&arguments[..], &["latency", "50ms"]].concat(), "").map(drop)
+        }
+        None => {
+            let there = devices(&["-j", "link", "show", "dev", name])?;
+            if device(&there, name).is_some_and(|device| device["qdisc"] == "tbf") {
+                TC.run("lift a network's rate limit", &["qdisc", "del", "dev", name, "root"], "")?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Makes the VXLAN device in the host's namespace, where its socket stays, and moves it to the bridge.
+fn tunnel(host: &HostInner, spec: &NetworkSpec, path: &Path, space: &Space) -> Result<()> {
+    let there = space.run(|| devices(&["-j", "-d", "link", "show"]))?;
+    let fits = |device: &Value| {
+        let data = &device["linkinfo"]["info_data"];
+        host.options.tunnel.is_some_and(|tunnel| {
+            data["id"] == spec.vni && data["port"] == tunnel.port && data["local"] == tunnel.local.to_string()
+        })
+    };
+    let fine = device(&there, TUNNEL).map(fits);
+    if fine == Some(false) {
+        space.run(|| delete_devices(&[TUNNEL]))?;
+    }
+    let Some(options) = host.options.tunnel else { return Ok(()) };
+    if fine != Some(true) {
+        let name = format!("{}{}", rules::tunnel_prefix(&host.options.tag), spec.name);
+        host.space.run(|| {
+            delete_devices(&[&name])?;
+            ip_batch(
+                "make a network's tunnel",
+                &[
+                    format!(
+                        "link add {name} type vxlan id {} local {} dstport {} nolearning ttl 64",
+                        spec.vni, options.local, options.port
+                    ),
+                    format!("link set dev {name} netns {} name {TUNNEL}", path.display()),
+                ],
+            )
+        })?;
+    }
+    space.run(|| {
+        let failed = |source: io::Error| Error::kernel("make the tunnel a port of the bridge", source);
+        let control = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+            .map_err(|errno| failed(errno.into()))?;
+        let index = |name| netdevice::name_to_index(&control, name).map_err(|errno| failed(errno.into()));
+        let (bridge, tunnel) = (index(BRIDGE)?, index(TUNNEL)?);
+        Socket::route()
+            .and_then(|route| {
+                route.send_all(vec![
+                    Message::enslave(tunnel, bridge, spec.mtu),
+                    Message::port_flags(tunnel, PortFlags { neigh_suppress: true, ..PortFlags::default() }),
+                    Message::up(tunnel),
+                ])
+            })
+            .map_err(failed)
+    })
 }
 
 impl Network {
+    pub(crate) fn new(inner: Arc<Inner>) -> Self {
+        Self { inner }
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.inner.name
+    }
+
+    /// Where its namespace is mounted.
+    pub fn path(&self) -> PathBuf {
+        self.inner.host.options.state_dir.join("net").join(&self.inner.name)
     }
 
     /// Makes a tap (a name of at most 11 characters) on the bridge, up, through which nothing passes yet.
     ///
-    /// Elements that a former tap of this name left in the filter are removed first.
+    /// Elements that a former tap of this name left in the filter are removed first. The name is taken for up to 16 ms
+    /// after the former tap's last descriptor was closed.
     ///
     /// # Errors
     /// When the name is taken or none, or the kernel refuses.
-    pub fn open_tap(&self, _name: &str) -> Result<Tap> {
-        Err(crate::Error::Gone { name: self.name.clone() })
+    pub fn open_tap(&self, name: &str) -> Result<Tap> {
+        self.inner.alive()?;
+        check_name("a tap", name, TAP_NAME, &RESERVED)?;
+        let mut members = locked(&self.inner.members);
+        if let Some(member) = members.admitted.get(name).copied() {
+            // A tap that is there keeps its member: this call fails below.
+            if self.inner.index(name).is_err() {
+                self.inner.forget(name, member)?;
+                members.admitted.remove(name);
+            }
+        }
+        let flags = PortFlags { proxy_arp: true, ..PortFlags::default() };
+        let fd = self.inner.tap(name, true, flags)?;
+        Ok(Tap { fd, name: name.to_owned() })
     }
 
     /// Lets `member`, and nobody else, speak through `tap`. Another member admitted there before is expelled.
     ///
     /// # Errors
-    /// When there is no such tap, or the member is admitted at another one, or the kernel refuses.
-    pub fn admit(&self, _tap: &str, _member: Member) -> Result<()> {
-        Ok(())
+    /// When there is no such tap, or the member is admitted at another one that is still there, or its addresses are none
+    /// that a member can have, or the kernel refuses.
+    pub fn admit(&self, tap: &str, member: Member) -> Result<()> {
+        let inner = &*self.inner;
+        inner.alive()?;
+        check_name("a tap", tap, TAP_NAME, &RESERVED)?;
+        self.check_member(member)?;
+        let failed = |source: io::Error| {
+            Error::kernel(format!("admit {member} at the tap {tap} of the network {}", inner.name), source)
+        };
+        let mut members = locked(&inner.members);
+        let index = inner.index(tap).map_err(|errno| failed(errno.into()))?;
+        let rivals: Vec<_> = members
+            .admitted
+            .iter()
+            .filter(|(at, who)| at.as_str() == tap && **who != member || at.as_str() != tap && (who.mac == member.mac || who.ip == member.ip))
+            .map(|(at, who)| (at.clone(), *who))
+            .collect();
+        for (at, who) in rivals {
+            if at != tap && inner.index(&at).is_ok() {
+                return Err(Error::BadValue {
+                    what: "admitted at two taps",
+                    value: who.to_string(),
+                    remedy: "expel it from the other tap before",
+                });
+            }
+            inner.forget(&at, who)?;
+            members.admitted.remove(&at);
+        }
+        // On record before it is in the kernel, so that whatever stays of a failure is taken away later.
+        members.admitted.insert(tap.to_owned(), member);
+        inner
+            .route
+            .send_all(vec![
+                Message::add_fdb(index, member.mac),
+                Message::add_neighbour(inner.bridge, member.ip, member.mac),
+            ])
+            .map_err(failed)?;
+        inner.filter.elements(TABLE, &elements(tap, member), true).map_err(failed)
     }
 
     /// Takes back what [`Network::admit`] gave. No error when it is gone, or the tap is.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn expel(&self, _tap: &str, _member: Member) -> Result<()> {
+    pub fn expel(&self, tap: &str, member: Member) -> Result<()> {
+        self.inner.alive()?;
+        check_name("a tap", tap, TAP_NAME, &RESERVED)?;
+        let mut members = locked(&self.inner.members);
+        // Admitted elsewhere by now: then the neighbour is that tap's.
+        if members.admitted.iter().any(|(at, who)| at != tap && (who.mac == member.mac || who.ip == member.ip)) {
+            return Ok(());
+        }
+        self.inner.forget(tap, member)?;
+        if members.admitted.get(tap) == Some(&member) {
+            members.admitted.remove(tap);
+        }
         Ok(())
     }
 
     /// Who is admitted at which tap, also from before the daemon's crash. The taps may be gone.
     pub fn admitted(&self) -> Vec<(String, Member)> {
-        Vec::new()
+        locked(&self.inner.members).admitted.iter().map(|(tap, member)| (tap.clone(), *member)).collect()
     }
 
     /// The members on other hosts, each with its host's address in the tunnel. Replaces what was set before.
     ///
+    /// Those that are also admitted here are left out: a member is where its tap is.
+    ///
     /// # Errors
     /// When the host has no tunnel, or the kernel refuses.
-    pub fn set_remote(&self, _members: &[(Member, Ipv4Addr)]) -> Result<()> {
+    pub fn set_remote(&self, members: &[(Member, Ipv4Addr)]) -> Result<()> {
+        let inner = &*self.inner;
+        inner.alive()?;
+        let failed =
+            |source: io::Error| Error::kernel(format!("set the members of {} on other hosts", inner.name), source);
+        let Some(tunnel) = inner.tunnel else {
+            if members.is_empty() {
+                return Ok(());
+            }
+            return Err(Error::BadValue {
+                what: "members on other hosts",
+                value: members.len().to_string(),
+                remedy: "this host has no tunnel",
+            });
+        };
+        let mut known = locked(&inner.members);
+        let mut wanted = BTreeMap::new();
+        for (member, host) in members {
+            self.check_member(*member)?;
+            if !known.admitted.values().any(|here| here.mac == member.mac || here.ip == member.ip) {
+                wanted.insert(*member, *host);
+            }
+        }
+        let old: Vec<_> = known.remote.keys().filter(|member| !wanted.contains_key(member)).copied().collect();
+        let new: Vec<_> = wanted
+            .iter()
+            .filter(|(member, host)| known.remote.get(member) != Some(host))
+            .map(|(member, host)| (*member, *host))
+            .collect();
+        if !old.is_empty() {
+            let elements: Vec<_> = old.iter().copied().map(remote_element).collect();
+            match inner.filter.elements(TABLE, &elements, false) {
+                Err(error) if !missing(&error) => return Err(failed(error)),
+                Err(_) => {
+                    for element in elements {
+                        match inner.filter.elements(TABLE, &[element], false) {
+                            Err(error) if !missing(&error) => return Err(failed(error)),
+                            _ => {}
+                        }
+                    }
+                }
+                Ok(()) => {}
+            }
+            let mut messages = Vec::new();
+            for member in &old {
+                messages.push(Message::delete_tunnel_fdb(tunnel, member.mac));
+                // A member that is here by now has entries of its own under the same addresses.
+                if !known.admitted.values().any(|here| here.mac == member.mac || here.ip == member.ip) {
+                    messages.push(Message::delete_fdb(tunnel, member.mac));
+                    messages.push(Message::delete_neighbour(inner.bridge, member.ip));
+                }
+            }
+            for answer in inner.route.send(messages).map_err(failed)? {
+                match answer {
+                    Err(errno) if !missing(&errno.into()) => return Err(failed(errno.into())),
+                    _ => {}
+                }
+            }
+            for member in &old {
+                known.remote.remove(member);
+            }
+        }
+        if !new.is_empty() {
+            let mut messages = Vec::new();
+            for (member, host) in &new {
+                // On record first, as one whose host is not known, so that a failure is repaired by the next call.
+                known.remote.insert(*member, Ipv4Addr::UNSPECIFIED);
+                messages.push(Message::add_tunnel_fdb(tunnel, member.mac, *host));
+                messages.push(Message::add_fdb(tunnel, member.mac));
+                messages.push(Message::add_neighbour(inner.bridge, member.ip, member.mac));
+            }
+            inner.route.send_all(messages).map_err(failed)?;
+            let elements: Vec<_> = new.iter().map(|(member, _)| remote_element(*member)).collect();
+            inner.filter.elements(TABLE, &elements, true).map_err(failed)?;
+            known.remote.extend(new);
+        }
         Ok(())
     }
 
     /// Forwards a port of this host to a member's.
     ///
     /// Holds a socket on the host's port, so that no other program takes it. The member sees the asking address, or the
-    /// host's end of the family's veth when that would be one that it cannot answer.
+    /// gateway's when that would be one that it cannot answer. Sets `net.ipv4.ip_forward` of the host.
     ///
     /// # Errors
     /// [`crate::Error::PortTaken`] when another program or family has the port.
-    pub fn publish(&self, _proto: Proto, _host_port: u16, _member: Ipv4Addr, _port: u16) -> Result<()> {
+    pub fn publish(&self, proto: Proto, host_port: u16, member: Ipv4Addr, port: u16) -> Result<()> {
+        let inner = &*self.inner;
+        inner.alive()?;
+        if host_port == 0 || port == 0 {
+            return Err(Error::BadValue { what: "a port", value: "0".to_owned(), remedy: "use 1 to 65535" });
+        }
+        let plan = inner.host.options.plan;
+        if !plan.network().contains(member) || member == plan.gateway().ip {
+            return Err(Error::BadAddress { what: "a member's address", text: member.to_string() });
+        }
+        let published = Published { proto, host_port, member, port };
+        let mut ports = locked(&inner.host.ports);
+        let old = ports.get(&(proto, host_port));
+        if let Some(old) = old {
+            if old.family != inner.name {
+                return Err(Error::PortTaken { port: host_port, by: Some(old.family.clone()) });
+            }
+            if old.published == published {
+                return Ok(());
+            }
+        }
+        let socket = match old {
+            Some(old) => Arc::clone(&old.socket),
+            None => Arc::new(inner.host.hold(proto, host_port)?),
+        };
+        let (key, to) = published.inner();
+        let (_, outer) = published.outer(inner.link.inner);
+        let known = old.is_some().then_some(key.as_str());
+        let table = inner.host.table();
+        inner.space.run(|| nft("publish a port", &rules::replace_element(TABLE, known, Some((&key, &to)))))?;
+        let forwarded = inner.host.space.run(|| {
+            forward()?;
+            nft("publish a port", &rules::replace_element(&table, known, Some((&key, &outer))))
+        });
+        if let Err(error) = forwarded {
+            let undo = rules::replace_element(TABLE, Some(&key), None);
+            let _ = inner.space.run(|| nft("unpublish a port", &undo));
+            return Err(error);
+        }
+        ports.insert((proto, host_port), Port { family: inner.name.clone(), published, socket });
         Ok(())
     }
 
-    /// Ends the forwarding of a port. No error when there is none.
+    /// Ends the forwarding of a port. No error when there is none. Open connections go on.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn unpublish(&self, _proto: Proto, _host_port: u16) -> Result<()> {
-        Ok(())
+    pub fn unpublish(&self, proto: Proto, host_port: u16) -> Result<()> {
+        let inner = &*self.inner;
+        inner.alive()?;
+        let mut ports = locked(&inner.host.ports);
+        let Some(port) = ports.get(&(proto, host_port)).filter(|port| port.family == inner.name) else { return Ok(()) };
+        let (key, _) = port.published.inner();
+        let table = inner.host.table();
+        inner.host.space.run(|| nft("unpublish a port", &rules::replace_element(&table, Some(&key), None)))?;
+        ports.remove(&(proto, host_port));
+        inner.space.run(|| nft("unpublish a port", &rules::replace_element(TABLE, Some(&key), None)))
     }
 
     /// Answers DHCP for admitted members, each with its own address, for guests without our agent.
@@ -165,13 +814,23 @@ impl Network {
     ///
     /// # Errors
     /// When its device or thread cannot be made.
-    pub fn serve_dhcp(&self, _options: DhcpOptions) -> Result<()> {
+    pub fn serve_dhcp(&self, options: DhcpOptions) -> Result<()> {
+        let inner = &*self.inner;
+        let mut dhcp = locked(&inner.dhcp);
+        inner.alive()?;
+        let terms = Terms { plan: inner.host.options.plan, mtu: inner.mtu, options };
+        if let Some(responder) = &*dhcp {
+            responder.set(terms);
+            return Ok(());
+        }
+        let tap = inner.tap(DHCP, false, PortFlags { broadcasts: true, ..PortFlags::default() })?;
+        *dhcp = Some(Responder::start(&inner.name, tap, terms, Arc::clone(&inner.members))?);
         Ok(())
     }
 
     /// Addresses that guests were given by DHCP.
     pub fn leases(&self) -> Vec<Lease> {
-        Vec::new()
+        locked(&self.inner.dhcp).as_ref().map(Responder::leases).unwrap_or_default()
     }
 
     /// Counts of dropped frames.
@@ -179,6 +838,24 @@ impl Network {
     /// # Errors
     /// When the kernel refuses.
     pub fn counters(&self) -> Result<Counters> {
-        Ok(Counters::default())
+        self.inner.alive()?;
+        let count = |name| {
+            self.inner
+                .filter
+                .counter(TABLE, name)
+                .map_err(|source| Error::kernel(format!("read the counters of the network {}", self.inner.name), source))
+        };
+        Ok(Counters { dropped: count("dropped")?, storm: count("storm")?, remote_dropped: count("remote_dropped")? })
+    }
+
+    /// Whether a member can have these addresses.
+    fn check_member(&self, member: Member) -> Result<()> {
+        let plan = self.inner.host.options.plan;
+        let network = plan.network();
+        let fine = member.mac.is_unicast()
+            && member.mac != plan.gateway().mac
+            && network.contains(member.ip)
+            && ![plan.gateway().ip, network.base(), network.broadcast()].contains(&member.ip);
+        if fine { Ok(()) } else { Err(Error::BadAddress { what: "a member of the network", text: member.to_string() }) }
     }
 }

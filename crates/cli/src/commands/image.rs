@@ -133,7 +133,9 @@ fn table(manifests: &[Manifest]) -> String {
             manifest.name.clone(),
             manifest.kind.to_string(),
             output::bytes(manifest.stored() >> 10 << 10),
-            manifest.disk.as_ref().map_or_else(String::new, |disk| output::bytes(disk.size)),
+            manifest.disk.as_ref().map_or_else(String::new, |disk| {
+                format!("{} of {}", output::bytes(disk.stored >> 10 << 10), output::bytes(disk.size))
+            }),
             manifest.kernel_version.clone(),
             manifest.suite.clone().unwrap_or_default(),
             output::age(manifest.created * 1000),

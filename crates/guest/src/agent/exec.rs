@@ -1,5 +1,6 @@
 //! Commands. One thread runs a command and moves its output; a second one moves its input, if the host sends any.
 
+use crate::child;
 use crate::serve::helper;
 use crate::stream::Stream;
 use ramet_guest::protocol::{Exec, MAX_PAYLOAD, kind};
@@ -115,6 +116,7 @@ fn start_on_pipes(exec: &Exec, program: &str, args: &[String]) -> io::Result<Sta
     settle(&mut command, exec);
     command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     command.stdin(if exec.stdin { Stdio::piped() } else { Stdio::null() });
+    child::of_host(&mut command);
     let mut child = command.spawn()?;
     let mut outputs = Vec::with_capacity(2);
     outputs.extend(child.stdout.take().map(|out| (kind::STDOUT, File::from(OwnedFd::from(out)))));
@@ -140,6 +142,7 @@ fn start_on_terminal(stream: &Arc<Stream>, exec: &Exec) -> io::Result<Started> {
     command.env("TERM", std::env::var_os("TERM").filter(|t| t != "dumb").unwrap_or_else(|| "linux".into()));
     settle(&mut command, exec);
     command.arg(TTY_HELPER).args(&exec.argv);
+    child::of_host(&mut command);
     let clone = || terminal.try_clone().map(Stdio::from);
     let child = command.stdin(clone()?).stdout(clone()?).stderr(clone()?).spawn()?;
     let input = Some(Input::Terminal(File::from(master.try_clone()?)));

@@ -2,41 +2,121 @@
 //! anything else, the generator gets fresh entropy. If the kernel refuses, the host is told so and nothing is glossed
 //! over.
 
-use ramet_guest::protocol::{GuestId, Identity, IdentityAck, MIN_ENTROPY, from_hex};
+use crate::control::{Control, clip};
+use crate::paths::{Paths, replace};
+use crate::{names, network};
+use ramet_guest::protocol::{
+    GuestId, GuestNic, Identity, IdentityAck, IdentityStep, MAX_PAYLOAD, MIN_ENTROPY, NicIdentity, from_hex,
+};
 use rustix::time::{ClockId, Timespec, clock_settime};
 use std::fs::File;
 use std::io;
-use std::path::Path;
 use std::process::ExitCode;
 
-/// Where programs in the guest find out who they are; replaced as a whole, so it can be watched.
-const PATH: &str = "/run/ramet/id";
+/// The answer to what is no identity.
+pub(crate) fn not_understood(error: &serde_json::Error) -> IdentityAck {
+    IdentityAck { error: Some(format!("cannot understand the identity: {error}")), ..IdentityAck::default() }
+}
+
+/// The steps of an identity, as they are done.
+#[derive(Debug, Default)]
+struct Steps(Vec<IdentityStep>);
+
+impl Steps {
+    /// Notes one, and gives whether it is done.
+    fn note(&mut self, name: impl Into<String>, result: io::Result<network::Remark>) -> bool {
+        let ok = result.is_ok();
+        let (remark, error) = match result {
+            Ok(remark) => (remark, None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        let [remark, error] = [remark, error].map(|text| text.map(|text| clip(&text)));
+        self.0.push(IdentityStep { name: name.into(), ok, error, remark });
+        ok
+    }
+
+    fn into_ack(mut self, reseeded: bool) -> IdentityAck {
+        let failed = self.0.iter().filter_map(|step| Some(format!("{}: {}", step.name, step.error.as_ref()?)));
+        let failed: Vec<String> = failed.collect();
+        let error = (!failed.is_empty()).then(|| clip(&failed.join("; ")));
+        // Of very many interfaces, not every step can be told.
+        while serde_json::to_vec(&self.0).is_ok_and(|json| json.len() > MAX_PAYLOAD - 4096) {
+            let half = self.0.len() / 2;
+            self.0.truncate(half);
+        }
+        IdentityAck { ok: failed.is_empty(), reseeded, error, steps: self.0 }
+    }
+}
 
 /// Takes on an identity.
-pub(crate) fn take(json: &[u8]) -> IdentityAck {
-    let identity: Identity = match serde_json::from_slice(json) {
-        Ok(identity) => identity,
-        Err(error) => {
-            let error = Some(format!("cannot understand the identity: {error}"));
-            return IdentityAck { error, ..IdentityAck::default() };
+pub(crate) fn take(control: &Control, identity: &Identity) -> IdentityAck {
+    let paths = &control.paths;
+    let mut steps = Steps::default();
+    let reseeded = steps.note("reseed", reseed(&identity.entropy).map(|()| None));
+    if identity.realtime_ns > 0 {
+        steps.note("clock", set_clock(identity.realtime_ns).map(|()| None));
+    }
+    let nics = take_nics(paths, identity, &mut steps);
+    names::take(paths, identity, &mut |name, result| {
+        steps.note(name, result);
+    });
+    let id = guest_id(identity, reseeded, nics);
+    steps.note("id", write(paths, &id).map(|()| None));
+    steps.note("generation", replace(&paths.generation(), format!("{}\n", id.generation).as_bytes()).map(|()| None));
+    control.become_machine(id);
+    steps.into_ack(reseeded)
+}
+
+/// The network. Gives the interfaces as they are now.
+fn take_nics(paths: &Paths, identity: &Identity, steps: &mut Steps) -> Vec<GuestNic> {
+    let boots = identity.clone_number == 0;
+    // All are found before one is changed.
+    let found: Vec<(&NicIdentity, io::Result<String>)> =
+        identity.nics.iter().map(|nic| (nic, network::find(paths, nic, boots))).collect();
+    let mut lost = Vec::new();
+    let mut nics = Vec::new();
+    for (nic, name) in found {
+        let name = match name {
+            Ok(name) => name,
+            Err(error) => {
+                steps.note(format!("nic {}", nic.index), Err(error));
+                continue;
+            }
+        };
+        lost.extend(network::take(&name, nic, &mut |part, result| {
+            steps.note(format!("{name}: {part}"), result);
+        }));
+        let (mac, ip, prefix, gateway) = (nic.mac.clone(), nic.ip.clone(), nic.prefix, nic.gateway.clone());
+        nics.push(GuestNic { name, mac, ip, prefix, gateway });
+    }
+    let mut servers: Vec<&String> = Vec::new();
+    for server in identity.nics.iter().flat_map(|nic| &nic.dns) {
+        if !servers.contains(&server) {
+            servers.push(server);
         }
-    };
-    let mut errors = Vec::new();
-    let mut note = |what: &str, result: io::Result<()>| match result {
-        Ok(()) => true,
-        Err(error) => {
-            errors.push(format!("{what}: {error}"));
-            false
-        }
-    };
-    let reseeded = note("cannot reseed the kernel's random generator", reseed(&identity.entropy));
-    note("cannot set the clock", set_clock(identity.realtime_ns));
-    note(&format!("cannot write {PATH}"), write(Path::new(PATH), &identity, reseeded));
-    IdentityAck {
-        ok: errors.is_empty(),
+    }
+    if !servers.is_empty() {
+        steps.note("dns", network::set_dns(paths, &servers));
+    }
+    if identity.kill_sockets {
+        // An address that moved to another interface is still ours.
+        lost.retain(|lost| !nics.iter().any(|nic| nic.ip == lost.to_string()));
+        steps.note("sockets", network::kill_sockets(&lost));
+    }
+    nics
+}
+
+fn guest_id(identity: &Identity, reseeded: bool, nics: Vec<GuestNic>) -> GuestId {
+    GuestId {
+        clone_number: identity.clone_number,
+        generation: identity.generation,
+        family: identity.family.clone(),
+        parent: identity.parent.clone(),
+        vm_id: identity.vm_id.clone(),
+        name: identity.name.clone(),
         reseeded,
-        error: (!errors.is_empty()).then(|| errors.join("; ")),
-        steps: Vec::new(),
+        hostname: identity.hostname.clone(),
+        nics,
     }
 }
 
@@ -62,34 +142,23 @@ fn set_clock(realtime_ns: u64) -> io::Result<()> {
     Ok(clock_settime(ClockId::Realtime, time)?)
 }
 
-fn write(path: &Path, identity: &Identity, reseeded: bool) -> io::Result<()> {
-    let id = GuestId {
-        clone_number: identity.clone_number,
-        generation: identity.generation,
-        family: identity.family.clone(),
-        parent: identity.parent.clone(),
-        vm_id: identity.vm_id.clone(),
-        name: identity.name.clone(),
-        reseeded,
-        hostname: identity.hostname.clone(),
-        nics: Vec::new(),
-    };
+fn write(paths: &Paths, id: &GuestId) -> io::Result<()> {
+    let path = paths.id();
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
     }
-    let mut json = serde_json::to_vec(&id)?;
+    let mut json = serde_json::to_vec(id)?;
     json.push(b'\n');
-    let partial = path.with_extension("new");
-    std::fs::write(&partial, json)?;
-    std::fs::rename(&partial, path)
+    replace(&path, &json)
 }
 
 /// `ramet-agent id`.
-pub(crate) fn show(json: bool) -> ExitCode {
-    let text = match std::fs::read_to_string(PATH) {
+pub(crate) fn show(paths: &Paths, json: bool) -> ExitCode {
+    let path = paths.id();
+    let text = match std::fs::read_to_string(&path) {
         Ok(text) => text,
         Err(error) => {
-            eprintln!("ramet-agent: this machine has not been told yet who it is ({PATH}: {error})");
+            eprintln!("ramet-agent: this machine has not been told yet who it is ({}: {error})", path.display());
             return ExitCode::FAILURE;
         }
     };
@@ -106,10 +175,17 @@ pub(crate) fn show(json: bool) -> ExitCode {
             println!("parent      {}", id.parent.as_deref().unwrap_or("-"));
             println!("family      {}", id.family);
             println!("reseeded    {}", if id.reseeded { "yes" } else { "NO" });
+            if let Some(hostname) = &id.hostname {
+                println!("hostname    {hostname}");
+            }
+            for nic in &id.nics {
+                let gateway = nic.gateway.as_ref().map_or(String::new(), |gateway| format!(" by {gateway}"));
+                println!("{:<11} {}/{}{gateway}, {}", nic.name, nic.ip, nic.prefix, nic.mac);
+            }
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("ramet-agent: cannot understand {PATH}: {error}");
+            eprintln!("ramet-agent: cannot understand {}: {error}", path.display());
             ExitCode::FAILURE
         }
     }
@@ -181,12 +257,14 @@ mod tests {
     #[test]
     fn the_file_has_everything_but_the_entropy() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("ramet/id");
-        write(&path, &identity(), true).unwrap();
-        let text = std::fs::read_to_string(&path).unwrap();
+        let paths = Paths::new(dir.path());
+        let nic = GuestNic { name: "eth0".into(), ip: "10.0.0.3".into(), prefix: 24, ..GuestNic::default() };
+        write(&paths, &guest_id(&identity(), true, vec![nic.clone()])).unwrap();
+        let text = std::fs::read_to_string(dir.path().join("run/ramet/id")).unwrap();
         assert!(!text.contains("entropy") && !text.contains(&"00".repeat(64)));
         let id: GuestId = serde_json::from_str(&text).unwrap();
         assert_eq!((id.clone_number, id.name.as_str(), id.reseeded), (3, "web-3", true));
+        assert_eq!(id.nics, [nic]);
     }
 
     #[test]
@@ -197,8 +275,22 @@ mod tests {
     }
 
     #[test]
-    fn an_identity_that_is_no_json_is_not_ok() {
-        let ack = take(b"{");
-        assert!(!ack.ok && !ack.reseeded && ack.error.is_some());
+    fn one_failed_step_makes_the_whole_not_ok() {
+        let mut steps = Steps::default();
+        assert!(steps.note("a", Ok(Some("as it was".into()))));
+        assert!(!steps.note("b", Err(io::ErrorKind::NotFound.into())));
+        let ack = steps.into_ack(true);
+        assert!(!ack.ok && ack.reseeded && ack.error.unwrap().starts_with("b: "));
+        assert_eq!(ack.steps[0].remark.as_deref(), Some("as it was"));
+        assert!(Steps::default().into_ack(false).ok);
+    }
+
+    #[test]
+    fn an_answer_about_very_many_interfaces_fits_into_a_frame() {
+        let mut steps = Steps::default();
+        for _ in 0..1000 {
+            steps.note("x", Err(io::Error::other("\u{1}".repeat(2000))));
+        }
+        assert!(serde_json::to_vec(&steps.into_ack(true)).unwrap().len() <= MAX_PAYLOAD);
     }
 }

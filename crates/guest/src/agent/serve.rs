@@ -1,24 +1,41 @@
 //! The main loop: reads frames and answers the short questions itself, so that the first answer of a clone needs one
 //! thread only; commands and files have threads of their own.
 
+use crate::control::{Control, Ticket};
+use crate::freezer::Freezer;
+use crate::paths::Paths;
 use crate::port::{Port, Source};
 use crate::stream::{NotOpened, Stream, Streams};
-use crate::{exec, file, identity};
-use ramet_guest::protocol::{Decoder, Frame, HelloAck, kind};
+use crate::subscribers::Subscribers;
+use crate::{child, exec, file, identity};
+use ramet_guest::protocol::{Decoder, Frame, Freeze, HelloAck, Identity, Release, kind};
 use rustix::time::{ClockId, clock_gettime};
 use std::io;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Stack of the threads for commands and files. Only what is touched is ever there.
 const STACK: usize = 128 * 1024;
 
+/// Most requests that have a thread of their own and no stream, such as a freeze.
+const MOST_WORK: usize = 8;
+
 /// Serves the host until the end of a finite channel.
-pub(crate) fn run(source: &Source) -> ExitCode {
+pub(crate) fn run(paths: Paths, source: &Source) -> ExitCode {
+    let (freezer, exec_group) = Freezer::set_up(&paths);
+    child::set_up(exec_group);
+    let subscribers = Arc::<Subscribers>::default();
+    if let Err(error) = subscribers.listen(&paths) {
+        eprintln!("ramet-agent: no program can subscribe ({}): {error}", paths.socket().display());
+    }
+    let control = Arc::new(Control::new(paths, freezer, subscribers));
     loop {
         let port = Arc::new(source.open());
-        let agent = Agent { hello: hello(), streams: Arc::default(), port, session: None, due: None };
+        let (hello, control) = (hello(), Arc::clone(&control));
+        let agent =
+            Agent { hello, control, streams: Arc::default(), port, session: None, due: None, work: Arc::default() };
         match agent.serve() {
             Ok(()) => return ExitCode::SUCCESS,
             Err(error) => {
@@ -29,26 +46,28 @@ pub(crate) fn run(source: &Source) -> ExitCode {
     }
 }
 
-/// The JSON of the handshake, made once.
-fn hello() -> Vec<u8> {
+/// The handshake, made once but for the generation.
+fn hello() -> HelloAck {
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let hello = HelloAck {
+    HelloAck {
         agent: env!("CARGO_PKG_VERSION").into(),
         guest: "linux".into(),
         boot_id: boot_id.trim_end().into(),
         generation: None,
-    };
-    serde_json::to_vec(&hello).unwrap_or_default()
+    }
 }
 
 #[derive(Debug)]
 struct Agent {
-    hello: Vec<u8>,
+    hello: HelloAck,
+    control: Arc<Control>,
     port: Arc<Port>,
     streams: Arc<Streams>,
     session: Option<u64>,
     /// A `HELLO` that is still to be answered: the host repeats them, one answer does.
     due: Option<u64>,
+    /// How many requests work in threads of their own.
+    work: Arc<AtomicUsize>,
 }
 
 impl Agent {
@@ -86,9 +105,9 @@ impl Agent {
 
     fn answer_hello(&mut self) -> io::Result<()> {
         let Some(session) = self.due.take() else { return Ok(()) };
-        let mut answer = Vec::with_capacity(8 + self.hello.len());
-        answer.extend(session.to_le_bytes());
-        answer.extend(&self.hello);
+        self.hello.generation = self.control.who().map(|id| id.generation);
+        let mut answer = session.to_le_bytes().to_vec();
+        serde_json::to_writer(&mut answer, &self.hello).map_err(io::Error::other)?;
         self.port.send(kind::HELLO_ACK, 0, &answer)
     }
 
@@ -113,10 +132,26 @@ impl Agent {
                 answer[8..].copy_from_slice(&nanoseconds(ClockId::Monotonic).to_le_bytes());
                 self.port.send(kind::TIME_ACK, frame.stream, &answer)
             }
-            kind::IDENTITY => {
-                let ack = identity::take(frame.payload);
-                self.port.send(kind::IDENTITY_ACK, frame.stream, &serde_json::to_vec(&ack).map_err(io::Error::other)?)
+            kind::IDENTITY => self.take_identity(frame),
+            kind::FREEZE => match serde_json::from_slice::<Freeze>(frame.payload) {
+                Ok(request) => self.work(frame, kind::FREEZE_ACK, request.limit_ms, move |control, ticket| {
+                    control.freeze(&request, ticket)
+                }),
+                Err(error) => self.refuse(frame.stream, &format!("cannot understand the request: {error}")),
+            },
+            kind::THAW => {
+                self.control.call_off();
+                self.work(frame, kind::THAW_ACK, 0, |control, _| control.thaw())
             }
+            kind::RELEASE => match serde_json::from_slice::<Release>(frame.payload) {
+                Ok(request) => {
+                    self.control.call_off();
+                    self.work(frame, kind::RELEASE_ACK, request.limit_ms, move |control, ticket| {
+                        control.release(&request, ticket)
+                    })
+                }
+                Err(error) => self.refuse(frame.stream, &format!("cannot understand the request: {error}")),
+            },
             kind::EXEC => self.open(frame, exec::run),
             kind::FILE_PUT => self.open(frame, file::put),
             kind::FILE_GET => self.open(frame, file::get),
@@ -131,6 +166,50 @@ impl Agent {
             ),
             _ => Ok(()),
         }
+    }
+
+    /// New keys take long; all else is done at once, so that a clone needs one thread only.
+    fn take_identity(&self, frame: Frame<'_>) -> io::Result<()> {
+        match serde_json::from_slice::<Identity>(frame.payload) {
+            Ok(identity) if identity.ssh_host_keys => {
+                self.work(frame, kind::IDENTITY_ACK, 0, move |control, _| identity::take(control, &identity))
+            }
+            Ok(identity) => {
+                answer(&self.port, kind::IDENTITY_ACK, frame.stream, &identity::take(&self.control, &identity))
+            }
+            Err(error) => answer(&self.port, kind::IDENTITY_ACK, frame.stream, &identity::not_understood(&error)),
+        }
+    }
+
+    /// Does one request in a thread of its own, and answers when it is done.
+    fn work<A: serde::Serialize>(
+        &self,
+        frame: Frame<'_>,
+        answer_kind: u8,
+        limit_ms: u64,
+        work: impl FnOnce(&Control, Ticket) -> A + Send + 'static,
+    ) -> io::Result<()> {
+        // What lets a machine run again finds its place also when all others are taken.
+        let most = if matches!(frame.kind, kind::THAW | kind::RELEASE) { 2 * MOST_WORK } else { MOST_WORK };
+        if self.work.fetch_add(1, Ordering::AcqRel) >= most {
+            self.work.fetch_sub(1, Ordering::AcqRel);
+            return self.refuse(frame.stream, "too many requests at a time; wait for some to end");
+        }
+        let ticket = self.control.ticket(limit_ms);
+        let (control, port, under_way) = (Arc::clone(&self.control), Arc::clone(&self.port), Arc::clone(&self.work));
+        let stream = frame.stream;
+        let started = helper(move || {
+            let ack = work(&control, ticket);
+            under_way.fetch_sub(1, Ordering::AcqRel);
+            if let Err(error) = answer(&port, answer_kind, stream, &ack) {
+                eprintln!("ramet-agent: an answer was lost: {error}");
+            }
+        });
+        if let Err(error) = started {
+            self.work.fetch_sub(1, Ordering::AcqRel);
+            return self.refuse(frame.stream, &format!("cannot start a thread: {error}"));
+        }
+        Ok(())
     }
 
     /// A frame for an open stream; for any other it comes late and says nothing.
@@ -191,7 +270,11 @@ impl Agent {
     }
 }
 
-/// Starts a helper thread of a stream.
+fn answer(port: &Port, kind: u8, stream: u32, ack: &impl serde::Serialize) -> io::Result<()> {
+    port.send(kind, stream, &serde_json::to_vec(ack).map_err(io::Error::other)?)
+}
+
+/// Starts a helper thread.
 pub(crate) fn helper(work: impl FnOnce() + Send + 'static) -> io::Result<std::thread::JoinHandle<()>> {
     std::thread::Builder::new().stack_size(STACK).spawn(work)
 }

@@ -1,0 +1,253 @@
+//! Serving the pages of frozen disks to other hosts, by the page protocol.
+//!
+//! Each connection has a thread of its own, which answers its requests in order. Peers prove who they are by mutual TLS
+//! before the first frame; what they send is hostile input all the same: a malformed frame ends its connection.
+
+use crate::{ChainPaths, DiskId, ExtentMap, Kind, PAGE, chain, export::Export, pages};
+use ramet_memory::{FamilyId, LayerId, PAGE_SIZE, PageIndex, page_checksum};
+use ramet_wire::{
+    Connection, ErrorCode, Frame, LayerStatus, Listener, Message, PagesWriter, Sender, StreamError, frame::VERSION,
+};
+use std::{
+    collections::HashMap,
+    io,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+/// Most connections at a time.
+const MAX_PEERS: usize = 256;
+/// Most disks that a peer may open on one connection.
+const MAX_OPEN: usize = 1024;
+/// Pages in one frame of an answer.
+const FRAME: u64 = 64;
+/// How long a peer may take for its first frame.
+const HELLO: Duration = Duration::from_secs(10);
+
+/// A frozen disk whose files are here.
+#[derive(Debug)]
+pub struct Frozen {
+    /// The disk.
+    pub disk: DiskId,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Bytes of pages sent to other hosts, unpacked.
+    pub served: AtomicU64,
+    /// Requests of other hosts.
+    pub requests: AtomicU64,
+    export: Export,
+    extents: Mutex<Option<Arc<ExtentMap>>>,
+    ended: AtomicBool,
+}
+
+impl Frozen {
+    /// A disk made of these files, which were checked. Files of its export begin with `stem`.
+    #[must_use]
+    pub fn new(disk: DiskId, chain: ChainPaths, stem: &Path) -> Self {
+        Self {
+            disk,
+            size: chain.size,
+            served: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
+            export: Export::new(disk, chain, stem),
+            extents: Mutex::default(),
+            ended: AtomicBool::new(false),
+        }
+    }
+
+    /// What reads it.
+    #[must_use]
+    pub const fn export(&self) -> &Export {
+        &self.export
+    }
+
+    /// Its map; made the first time.
+    ///
+    /// # Errors
+    /// [`chain::ChainError`].
+    pub fn extents(&self) -> Result<Arc<ExtentMap>, chain::ChainError> {
+        let mut extents = crate::lock(&self.extents);
+        if let Some(extents) = &*extents {
+            return Ok(extents.clone());
+        }
+        let made = Arc::new(chain::extents(&self.export.chain())?);
+        *extents = Some(made.clone());
+        Ok(made)
+    }
+
+    /// It is dropped: connections that have it open no longer serve it.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        self.export.remove();
+    }
+
+    /// Reads whole pages, with the kinds of those that are known not to need reading.
+    fn read(&self, page: u64, buffer: &mut [u8]) -> io::Result<()> {
+        if self.ended.load(Ordering::Acquire) {
+            return Err(io::Error::other("the disk was dropped"));
+        }
+        // Whoever makes the map holds its lock for long; reading does not wait for that.
+        let extents = self.extents.try_lock().ok().and_then(|extents| extents.clone());
+        let end = page + buffer.len() as u64 / PAGE;
+        if extents.is_some_and(|map| map.between(page, end).all(|extent| extent.kind == Kind::Zero)) {
+            buffer.fill(0);
+            return Ok(());
+        }
+        self.export.read(page, buffer)
+    }
+}
+
+/// What a page server serves.
+pub trait Disks: Send + Sync + 'static {
+    /// The frozen disk that travels as this layer, if it is here.
+    fn frozen(&self, layer: LayerId) -> Option<Arc<Frozen>>;
+
+    /// A peer was refused, or ended for what it sent.
+    fn bad_peer(&self);
+}
+
+/// Accepts connections until the listener is closed.
+pub fn serve(listener: &Listener, disks: &Arc<impl Disks>, family: FamilyId, host: &str) {
+    let peers = Arc::new(AtomicUsize::new(0));
+    loop {
+        let pending = match listener.accept() {
+            Ok(pending) => pending,
+            Err(StreamError::Closed) => return,
+            Err(err) => {
+                tracing::warn!(error = %err, "a connection could not be accepted");
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            }
+        };
+        if peers.fetch_add(1, Ordering::AcqRel) >= MAX_PEERS {
+            peers.fetch_sub(1, Ordering::AcqRel);
+            disks.bad_peer();
+            continue;
+        }
+        let (disks, host, count) = (disks.clone(), host.to_owned(), peers.clone());
+        let spawned = std::thread::Builder::new().name("serve".into()).spawn(move || {
+            let peer = pending.peer_addr();
+            let ended = pending.handshake().and_then(|connection| converse(connection, &disks, family, &host));
+            if let Err(err) = ended
+                && !matches!(err, StreamError::Closed)
+            {
+                disks.bad_peer();
+                tracing::warn!(%peer, error = %err, "connection ended");
+            }
+            count.fetch_sub(1, Ordering::AcqRel);
+        });
+        if spawned.is_err() {
+            peers.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
+
+/// Serves one connection, handshake done, until the peer closes it.
+fn converse(connection: Connection, disks: &Arc<impl Disks>, family: FamilyId, host: &str) -> Result<(), StreamError> {
+    let (sender, mut receiver) = connection.split();
+    let mut peer =
+        Peer { sender, open: HashMap::new(), writer: PagesWriter::new(), reply: Vec::new(), buffer: Vec::new() };
+    match receiver.recv_timeout(HELLO)?.map(|f| f.message) {
+        Some(Message::Hello { version: VERSION, family: asked, .. }) if asked == family => {
+            peer.reply(0, Message::HelloAck { version: VERSION, host })?;
+        }
+        Some(Message::Hello { version: VERSION, .. }) => {
+            disks.bad_peer();
+            let message = "this ramet-disk serves another family";
+            return peer.reply(0, Message::Error { code: ErrorCode::Family, message });
+        }
+        Some(Message::Hello { version, .. }) => {
+            disks.bad_peer();
+            let message =
+                format!("page protocol version {version} is not spoken here, only {VERSION}: run the same release");
+            return peer.reply(0, Message::Error { code: ErrorCode::Version, message: &message });
+        }
+        _ => return Ok(()),
+    }
+    loop {
+        let frame = match receiver.recv() {
+            Ok(frame) => frame,
+            Err(StreamError::Wire(err)) => {
+                peer.sender.refuse(0, &err);
+                return Err(err.into());
+            }
+            Err(err) => return Err(err),
+        };
+        let req = frame.req;
+        match frame.message {
+            Message::OpenLayer { handle, layer } => {
+                let status = match disks.frozen(layer) {
+                    None => LayerStatus::Unknown,
+                    Some(_) if peer.open.len() >= MAX_OPEN => LayerStatus::TooMany,
+                    Some(disk) => {
+                        peer.open.insert(handle, disk);
+                        LayerStatus::Ok
+                    }
+                };
+                peer.reply(req, Message::LayerOpened { handle, status })?;
+            }
+            Message::GetPages { handle, start, count, .. } => peer.answer(req, handle, start.0, count.into())?,
+            Message::Ping { token } => peer.reply(req, Message::Pong { token })?,
+            _ => {
+                disks.bad_peer();
+                let message = "only an asker's frames are answered";
+                return peer.reply(0, Message::Error { code: ErrorCode::Malformed, message });
+            }
+        }
+    }
+}
+
+struct Peer {
+    sender: Sender,
+    open: HashMap<u32, Arc<Frozen>>,
+    writer: PagesWriter,
+    reply: Vec<u8>,
+    buffer: Vec<u8>,
+}
+
+impl Peer {
+    fn reply(&mut self, req: u32, message: Message<'_>) -> Result<(), StreamError> {
+        self.reply.clear();
+        Frame { req, message }.encode(&mut self.reply);
+        self.sender.send(&self.reply)
+    }
+
+    fn answer(&mut self, req: u32, handle: u32, start: u64, count: u64) -> Result<(), StreamError> {
+        let Some(disk) = self.open.get(&handle).cloned() else {
+            let message = "the disk is not here: was its checkpoint removed?";
+            return self.reply(req, Message::Error { code: ErrorCode::Layer, message });
+        };
+        let Some(end) = start.checked_add(count).filter(|&end| end <= pages(disk.size)) else {
+            let message = "pages beyond the end of the disk were asked for";
+            return self.reply(req, Message::Error { code: ErrorCode::Malformed, message });
+        };
+        disk.requests.fetch_add(1, Ordering::Relaxed);
+        self.writer.set_link_speed(self.sender.link_speed());
+        let layer = disk.disk.layer();
+        let mut at = start;
+        while at < end {
+            let len = FRAME.min(end - at);
+            self.buffer.resize(len as usize * PAGE_SIZE, 0);
+            if let Err(err) = disk.read(at, &mut self.buffer) {
+                tracing::warn!(disk = %disk.disk, error = %err, "a frozen disk cannot be read");
+                let mut message = format!("the disk cannot be read there: {err}");
+                message.truncate(message.floor_char_boundary(ramet_wire::frame::MAX_TEXT));
+                return self.reply(req, Message::Error { code: ErrorCode::Internal, message: &message });
+            }
+            self.writer.start(req, handle);
+            for (bytes, page) in self.buffer.as_chunks::<PAGE_SIZE>().0.iter().zip(at..) {
+                let page = PageIndex(page);
+                // A frame has room for so few.
+                let _ = self.writer.push_raw_or_lz4(page, bytes, page_checksum(layer, page, bytes));
+            }
+            at += len;
+            disk.served.fetch_add(len * PAGE, Ordering::Relaxed);
+            self.sender.send(self.writer.finish(at == end))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,430 @@
+//! A clone's addresses. Until here the interface has those of the parent; the host lets no frame through before this is
+//! done. Each interface has never two IPv4 addresses at a time, and no IPv6.
+
+use crate::netlink::{Message, Netlink, PUT, attributes, u32_at};
+use crate::paths::{Paths, replace};
+use ramet_guest::protocol::NicIdentity;
+use rustix::io::Errno;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
+const RTM_SETLINK: u16 = 19;
+const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
+const RTM_GETADDR: u16 = 22;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_NEWNEIGH: u16 = 28;
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const IFF_UP: u32 = 1;
+
+/// How long a machine that boots may take to find its interfaces.
+const BOOT: Duration = Duration::from_secs(3);
+
+/// A remark, or nothing.
+pub(crate) type Remark = Option<String>;
+
+/// A MAC.
+type Mac = [u8; 6];
+
+fn invalid(text: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, text.into())
+}
+
+/// The name of the interface that is meant. A machine that boots (`boots`) may still be looking for its devices.
+pub(crate) fn find(paths: &Paths, nic: &NicIdentity, boots: bool) -> io::Result<String> {
+    let begun = Instant::now();
+    let class = paths.at("sys/class/net");
+    loop {
+        let found = match &nic.name {
+            Some(name) if name.is_empty() || name.len() > 15 || name.contains('/') || name.starts_with('.') => {
+                return Err(invalid(format!("{name:?} is no name of an interface")));
+            }
+            Some(name) => Link::find(&mut Netlink::route()?, name)?.map(|link| link.name),
+            None => virtio_nics(&class)?.into_iter().nth(nic.index as usize),
+        };
+        if let Some(name) = found {
+            return Ok(name);
+        }
+        if !boots || begun.elapsed() > BOOT {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "there is no such interface"));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The virtio NICs in the order of their PCI addresses.
+fn virtio_nics(class: &Path) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(class)? {
+        let entry = entry?;
+        let Ok(device) = entry.path().join("device").canonicalize() else { continue };
+        let driver = device.join("driver").canonicalize().unwrap_or_default();
+        if driver.file_name().is_some_and(|name| name == "virtio_net") {
+            found.push((place(&device), entry.file_name().to_string_lossy().into_owned()));
+        }
+    }
+    found.sort();
+    Ok(found.into_iter().map(|(_, name)| name).collect())
+}
+
+/// By what a device is sorted: the PCI address nearest to it, then the number of the virtio device.
+fn place(device: &Path) -> (String, u32) {
+    let is_pci = |name: &&str| name.len() >= 12 && name.matches(':').count() == 2 && name.contains('.');
+    let names: Vec<&str> = device.iter().filter_map(|name| name.to_str()).collect();
+    let pci = names.iter().rev().copied().find(is_pci).unwrap_or_default();
+    let number = names.last().and_then(|name| name.strip_prefix("virtio")).and_then(|n| n.parse().ok());
+    (pci.to_owned(), number.unwrap_or(0))
+}
+
+/// An interface.
+#[derive(Debug)]
+struct Link {
+    index: u32,
+    name: String,
+    mac: Vec<u8>,
+    mtu: u32,
+    is_up: bool,
+}
+
+impl Link {
+    fn find(netlink: &mut Netlink, wanted: &str) -> io::Result<Option<Self>> {
+        const ADDRESS: u16 = 1;
+        const NAME: u16 = 3;
+        const MTU: u16 = 4;
+        let mut found = None;
+        netlink.dump(Message::new(RTM_GETLINK, 0, &[0; 16]), |kind, content| {
+            let (Some(index), Some(flags), Some(rest)) = (u32_at(content, 4), u32_at(content, 8), content.get(16..))
+            else {
+                return;
+            };
+            let mut link = Self { index, name: String::new(), mac: Vec::new(), mtu: 0, is_up: flags & IFF_UP != 0 };
+            for (kind, value) in attributes(rest) {
+                match kind {
+                    ADDRESS => link.mac = value.to_vec(),
+                    NAME => link.name = String::from_utf8_lossy(value).trim_end_matches('\0').to_owned(),
+                    MTU => link.mtu = u32_at(value, 0).unwrap_or(0),
+                    _ => {}
+                }
+            }
+            if kind == RTM_NEWLINK && link.name == wanted {
+                found = Some(link);
+            }
+        })?;
+        Ok(found)
+    }
+
+    fn message(&self, flags: u32, change: u32) -> Message {
+        let mut fixed = [0; 16];
+        fixed[4..8].copy_from_slice(&self.index.to_ne_bytes());
+        fixed[8..12].copy_from_slice(&flags.to_ne_bytes());
+        fixed[12..].copy_from_slice(&change.to_ne_bytes());
+        Message::new(RTM_SETLINK, 0, &fixed)
+    }
+
+    fn set_up(&mut self, netlink: &mut Netlink, up: bool) -> io::Result<()> {
+        netlink.request(self.message(if up { IFF_UP } else { 0 }, IFF_UP))?;
+        self.is_up = up;
+        Ok(())
+    }
+
+    fn set_mac(&mut self, netlink: &mut Netlink, mac: Mac) -> io::Result<()> {
+        if self.mac == mac {
+            return Ok(());
+        }
+        let change = |link: &Self| link.message(0, 0).attribute(1, &mac);
+        match netlink.request(change(self)) {
+            // A driver that cannot do it while the interface is up.
+            Err(error) if self.is_up && error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+                self.set_up(netlink, false)?;
+                netlink.request(change(self))
+            }
+            other => other,
+        }
+    }
+
+    fn set_mtu(&self, netlink: &mut Netlink, mtu: u32) -> io::Result<()> {
+        if self.mtu == mtu {
+            return Ok(());
+        }
+        netlink.request(self.message(0, 0).attribute(4, &mtu.to_ne_bytes()))
+    }
+
+    fn address(&self, kind: u16, flags: u16, address: IpAddr, prefix: u8) -> Message {
+        let (family, bytes) = match address {
+            IpAddr::V4(v4) => (AF_INET, v4.octets().to_vec()),
+            IpAddr::V6(v6) => (AF_INET6, v6.octets().to_vec()),
+        };
+        let mut fixed = [family, prefix, 0, 0, 0, 0, 0, 0];
+        fixed[4..].copy_from_slice(&self.index.to_ne_bytes());
+        Message::new(kind, flags, &fixed).attribute(2, &bytes).attribute(1, &bytes)
+    }
+
+    /// All addresses, with their prefixes.
+    fn addresses(&self, netlink: &mut Netlink) -> io::Result<Vec<(IpAddr, u8)>> {
+        let mut found = Vec::new();
+        netlink.dump(Message::new(RTM_GETADDR, 0, &[0; 8]), |kind, content| {
+            let (&[_, prefix, ..], Some(rest)) = (content, content.get(8..)) else { return };
+            if kind != RTM_NEWADDR || u32_at(content, 4) != Some(self.index) {
+                return;
+            }
+            // The local address where there is one, else the address.
+            let address = attributes(rest).filter(|(kind, _)| matches!(kind, 1 | 2)).max_by_key(|(kind, _)| *kind);
+            found.extend(address.and_then(|(_, bytes)| to_address(bytes)).map(|address| (address, prefix)));
+        })?;
+        Ok(found)
+    }
+}
+
+fn to_address(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = || <[u8; 4]>::try_from(bytes).ok().map(|bytes| Ipv4Addr::from(bytes).into());
+    v4().or_else(|| <[u8; 16]>::try_from(bytes).ok().map(|bytes| Ipv6Addr::from(bytes).into()))
+}
+
+/// A MAC from its text.
+fn parse_mac(text: &str) -> Option<Mac> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next()?;
+        *byte = if part.len() == 2 { u8::from_str_radix(part, 16).ok()? } else { return None };
+    }
+    // The lowest bit of the first byte is for groups.
+    (parts.next().is_none() && mac[0] & 1 == 0).then_some(mac)
+}
+
+/// A [`NicIdentity`], checked.
+#[derive(Debug)]
+struct Wanted {
+    mac: Mac,
+    ip: Ipv4Addr,
+    prefix: u8,
+    gateway: Option<(Ipv4Addr, Option<Mac>)>,
+}
+
+impl Wanted {
+    fn parse(nic: &NicIdentity) -> io::Result<Self> {
+        let mac = |text: &String| parse_mac(text).ok_or_else(|| invalid(format!("{text:?} is no MAC")));
+        let ip = |text: &String| text.parse().map_err(|_| invalid(format!("{text:?} is no IPv4 address")));
+        if nic.prefix > 32 {
+            return Err(invalid(format!("{} is no length of a prefix", nic.prefix)));
+        }
+        let gateway_mac = nic.gateway_mac.as_ref().map(mac).transpose()?;
+        let gateway = nic.gateway.as_ref().map(ip).transpose()?.map(|gateway| (gateway, gateway_mac));
+        Ok(Self { mac: mac(&nic.mac)?, ip: ip(&nic.ip)?, prefix: nic.prefix, gateway })
+    }
+
+    fn mask(&self) -> u32 {
+        u32::MAX.checked_shl(32 - u32::from(self.prefix)).unwrap_or(0)
+    }
+
+    fn covers(&self, other: Ipv4Addr) -> bool {
+        (u32::from(self.ip) ^ u32::from(other)) & self.mask() == 0
+    }
+}
+
+/// Gives one interface its address. Each part is told to `step`. Gives the addresses that it has lost.
+pub(crate) fn take(name: &str, nic: &NicIdentity, step: &mut dyn FnMut(&str, io::Result<Remark>)) -> Vec<IpAddr> {
+    let mut lost = Vec::new();
+    let result = try_take(name, nic, &mut lost, step);
+    if let Err(error) = result {
+        step("interface", Err(error));
+    }
+    lost.retain(|address| !address.is_loopback());
+    lost
+}
+
+fn try_take(
+    name: &str,
+    nic: &NicIdentity,
+    lost: &mut Vec<IpAddr>,
+    step: &mut dyn FnMut(&str, io::Result<Remark>),
+) -> io::Result<()> {
+    let wanted = Wanted::parse(nic)?;
+    let old: Option<IpAddr> =
+        nic.old_ip.as_ref().map(|ip| ip.parse().map_err(|_| invalid(format!("{ip:?} is no address")))).transpose()?;
+    lost.extend(old.filter(|ip| *ip != IpAddr::V4(wanted.ip)));
+    let mut netlink = Netlink::route()?;
+    let netlink = &mut netlink;
+    let missing = || io::Error::new(io::ErrorKind::NotFound, "there is no such interface");
+    let mut link = Link::find(netlink, name)?.ok_or_else(missing)?;
+
+    let before = link.addresses(netlink)?;
+    let is_kept = |(ip, prefix): &(IpAddr, u8)| *ip == IpAddr::V4(wanted.ip) && *prefix == wanted.prefix;
+    let kept = before.iter().any(is_kept);
+    lost.extend(
+        before
+            .iter()
+            .map(|(ip, _)| *ip)
+            .filter(|ip| *ip != IpAddr::V4(wanted.ip) && !lost.contains(ip))
+            .collect::<Vec<_>>(),
+    );
+
+    step("ipv6", disable_ipv6(name));
+    // The old addresses go first: there must be no frame with a new MAC and an old address.
+    let removed = before.iter().filter(|a| a.0.is_ipv4() && !is_kept(a)).try_for_each(|(ip, prefix)| {
+        match netlink.request(link.address(RTM_DELADDR, 0, *ip, *prefix)) {
+            // It went with another one.
+            Err(error) if error.raw_os_error() == Some(Errno::ADDRNOTAVAIL.raw_os_error()) => Ok(()),
+            other => other,
+        }
+    });
+    let is_clear = removed.is_ok();
+    step("old address", removed.map(|()| None));
+    step("mac", link.set_mac(netlink, wanted.mac).map(|()| None));
+    if let Some(mtu) = nic.mtu {
+        step("mtu", link.set_mtu(netlink, mtu).map(|()| None));
+    }
+    if !link.is_up {
+        step("up", link.set_up(netlink, true).map(|()| None));
+    }
+    if !is_clear {
+        return Ok(());
+    }
+    if !kept {
+        let mut message = link.address(RTM_NEWADDR, PUT, wanted.ip.into(), wanted.prefix);
+        if wanted.prefix < 31 {
+            message = message.attribute(4, &(u32::from(wanted.ip) | !wanted.mask()).to_be_bytes());
+        }
+        step("address", netlink.request(message).map(|()| None));
+    }
+    if let Some((gateway, mac)) = wanted.gateway {
+        const MAIN: u8 = 254;
+        const STATIC: u8 = 4;
+        const UNICAST: u8 = 1;
+        const ONLINK: u8 = 4;
+        const PERMANENT: u8 = 0x80;
+        let onlink = if wanted.covers(gateway) { 0 } else { ONLINK };
+        let mut fixed = [AF_INET, 0, 0, 0, MAIN, STATIC, 0, UNICAST, 0, 0, 0, 0];
+        fixed[8..].copy_from_slice(&u32::from(onlink).to_ne_bytes());
+        let route = Message::new(RTM_NEWROUTE, PUT, &fixed)
+            .attribute(4, &link.index.to_ne_bytes())
+            .attribute(5, &gateway.octets())
+            // Each interface has a default route of its own; the first one's is used.
+            .attribute(6, &nic.index.to_ne_bytes());
+        step("route", netlink.request(route).map(|()| None));
+        if let Some(mac) = mac {
+            let mut fixed = [AF_INET, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            fixed[4..8].copy_from_slice(&link.index.to_ne_bytes());
+            fixed[8..10].copy_from_slice(&u16::from(PERMANENT).to_ne_bytes());
+            let neighbour = Message::new(RTM_NEWNEIGH, PUT, &fixed).attribute(1, &gateway.octets()).attribute(2, &mac);
+            step("neighbour", netlink.request(neighbour).map(|()| None));
+        }
+    }
+    Ok(())
+}
+
+/// The link-local address is made of the parent's MAC, and families have no IPv6.
+fn disable_ipv6(name: &str) -> io::Result<Remark> {
+    match std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Some("this kernel has no IPv6".to_owned())),
+        other => other.map(|()| None),
+    }
+}
+
+/// Writes the name servers into `/etc/resolv.conf`, and keeps its other lines.
+pub(crate) fn set_dns(paths: &Paths, servers: &[&String]) -> io::Result<Remark> {
+    if let Some(bad) = servers.iter().find(|server| server.parse::<IpAddr>().is_err()) {
+        return Err(invalid(format!("{bad:?} is no address of a name server")));
+    }
+    let path = paths.at("etc/resolv.conf");
+    if std::fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().contains("systemd")) {
+        return Ok(Some("systemd-resolved has it".to_owned()));
+    }
+    let before = std::fs::read_to_string(&path).unwrap_or_default();
+    let mut text = String::new();
+    for line in before.lines().filter(|line| line.split_ascii_whitespace().next() != Some("nameserver")) {
+        text += line;
+        text.push('\n');
+    }
+    for server in servers {
+        text += &format!("nameserver {server}\n");
+    }
+    where_writable(replace(&path, text.as_bytes()))
+}
+
+/// A file system that is not writable is no error, but worth a remark.
+pub(crate) fn where_writable(result: io::Result<()>) -> io::Result<Remark> {
+    match result {
+        Err(error) if matches!(error.kind(), io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::NotFound) => {
+            Ok(Some(format!("left as it is: {error}")))
+        }
+        other => other.map(|()| None),
+    }
+}
+
+/// Ends all connections whose local address is one of these, and gives their number as a remark.
+pub(crate) fn kill_sockets(addresses: &[IpAddr]) -> io::Result<Remark> {
+    const TCP: u8 = 6;
+    const UDP: u8 = 17;
+    const ESTABLISHED: u32 = 1 << 1;
+    /// All but TIME_WAIT, CLOSE and LISTEN.
+    const CONNECTED: u32 = 0xffe & !(1 << 6 | 1 << 7 | 1 << 10);
+    if addresses.is_empty() {
+        return Ok(Some("no address was lost".to_owned()));
+    }
+    let mut netlink = Netlink::sock_diag()?;
+    let (mut killed, mut missing) = (0, Vec::new());
+    for (what, protocol, states) in [("TCP", TCP, CONNECTED), ("UDP", UDP, ESTABLISHED)] {
+        // Sockets of IPv6 may have IPv4 addresses, too.
+        for family in [AF_INET, AF_INET6] {
+            match kill_some(&mut netlink, family, protocol, states, addresses) {
+                Ok(number) => killed += number,
+                // No listing of this protocol, no ending of sockets.
+                Err(error) if is_missing(&error) => missing.push(what),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    missing.dedup();
+    let skipped =
+        if missing.is_empty() { String::new() } else { format!("; this kernel cannot end those of {missing:?}") };
+    Ok(Some(format!("ended {killed}{skipped}")))
+}
+
+fn is_missing(error: &io::Error) -> bool {
+    let code = error.raw_os_error();
+    [Errno::NOENT, Errno::OPNOTSUPP, Errno::PROTONOSUPPORT].iter().any(|errno| code == Some(errno.raw_os_error()))
+}
+
+/// `struct inet_diag_sockid`.
+const SOCKET_ID: usize = 48;
+
+fn diag_request(kind: u16, family: u8, protocol: u8, states: u32, id: &[u8; SOCKET_ID]) -> Message {
+    let mut fixed = [0; 8 + SOCKET_ID];
+    fixed[0] = family;
+    fixed[1] = protocol;
+    fixed[4..8].copy_from_slice(&states.to_ne_bytes());
+    fixed[8..].copy_from_slice(id);
+    Message::new(kind, 0, &fixed)
+}
+
+/// The identity of a socket in a listing, and its local address.
+fn diag_answer(family: u8, content: &[u8]) -> Option<([u8; SOCKET_ID], IpAddr)> {
+    let id: [u8; SOCKET_ID] = *content.get(4..)?.first_chunk()?;
+    let length = if family == AF_INET { 4 } else { 16 };
+    Some((id, to_address(&id[4..4 + length])?.to_canonical()))
+}
+
+fn kill_some(netlink: &mut Netlink, family: u8, protocol: u8, states: u32, addresses: &[IpAddr]) -> io::Result<u32> {
+    const LIST: u16 = 20;
+    const DESTROY: u16 = 21;
+    let mut found = Vec::new();
+    netlink.dump(diag_request(LIST, family, protocol, states, &[0; SOCKET_ID]), |_, content| {
+        found.extend(diag_answer(family, content).filter(|(_, local)| addresses.contains(local)).map(|(id, _)| id));
+    })?;
+    let mut killed = 0;
+    for id in found {
+        match netlink.request(diag_request(DESTROY, family, protocol, 0, &id)) {
+            Ok(()) => killed += 1,
+            // It ended by itself.
+            Err(error) if error.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(killed)
+}
