@@ -199,7 +199,7 @@ async fn forks(
         Measured::of("fork: request to clone ready (identity, entropy, clock)", "ms", ready),
     ]);
 
-    let made = home.checkpoint(parent, &api::CheckpointRequest { note: None, wait: true }).await?;
+    let made = home.checkpoint(parent, &api::CheckpointRequest { wait: true, ..Default::default() }).await?;
     let checkpoint = made.checkpoint.id.to_string();
     say("clones of a checkpoint, prepared");
     let one = Clones::sample(home, &checkpoint, &checkpoint, 1, samples.forks).await?;
@@ -320,7 +320,7 @@ async fn pause_by_size(home: &Client, samples: Samples, report: &mut Report) -> 
         for _ in 0..samples.pauses {
             touch(home, &vm, touched).await?;
             tokio::time::sleep(Duration::from_secs(1)).await;
-            let made = home.checkpoint(&vm, &api::CheckpointRequest { note: None, wait: true }).await?;
+            let made = home.checkpoint(&vm, &api::CheckpointRequest { wait: true, ..Default::default() }).await?;
             pauses.push(ms(made.pause_us));
         }
         home.remove_vm(&vm, true).await?;
@@ -413,7 +413,7 @@ async fn warm(home: &Client, like: &str, count: u32, host: &str) -> Result<()> {
 async fn fork(home: &Client, vm: &str, count: u32, hosts: &[&str]) -> Result<api::ForkResponse> {
     let hosts = hosts.iter().map(|h| (*h).to_owned()).collect();
     let clones = api::CloneRequest { hosts, wait_agent_s: 120, ..api::CloneRequest::new(count) };
-    Ok(home.fork(vm, &api::ForkRequest { clones, note: None }).await?)
+    Ok(home.fork(vm, &api::ForkRequest { clones, ..Default::default() }).await?)
 }
 
 /// Removes the clones, and the checkpoint unless the parent's next layers stand on it.

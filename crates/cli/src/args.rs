@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ramet_client::api::AccelKind;
+use ramet_client::api::{AccelKind, Egress, Protocol, PublishedPort, Quiesce};
 use ramet_memory::ByteSize;
 
 /// Exit codes, as the help tells them.
@@ -243,11 +243,76 @@ pub(crate) struct RunArgs {
     /// Words to append to the kernel's command line.
     #[arg(long, value_name = "WORDS")]
     pub(crate) append: Option<String>,
+    /// The image whose disk is the root disk, copy-on-write [default: the image's own, when it has one].
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) disk: Option<String>,
+    /// Size of the root disk, to make it larger than the image's.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) disk_size: Option<ByteSize>,
+    /// An image whose disk is a data volume: shared by all, and only read.
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) volume: Vec<String>,
+    /// The private network of the VM and its clones: `nat` (connections outward with the host's address), `none` (nothing
+    /// leaves), `off` (no network card) [default: nat with a root disk, off without].
+    #[arg(long, value_name = "KIND", conflicts_with = "allow")]
+    pub(crate) network: Option<NetworkKind>,
+    /// Let connections out to this destination only, such as 10.1.0.0/16:443; may be repeated.
+    #[arg(long, value_name = "IP[/PREFIX][:PORT]")]
+    pub(crate) allow: Vec<String>,
+    /// Limit of what goes in and out of the network, on each host, such as 100mbit.
+    #[arg(long, value_name = "SPEED", value_parser = parse_rate)]
+    pub(crate) rate: Option<u64>,
+    /// Lead a port of the host to the VM: HOSTPORT:PORT, with /udp for UDP.
+    #[arg(long, short, value_name = "HOSTPORT:PORT[/udp]", value_parser = parse_publish)]
+    pub(crate) publish: Vec<PublishedPort>,
     /// How long to wait for the guest's agent; 0 waits not at all.
     #[arg(long, value_name = "TIME", default_value = "120s", value_parser = parse_seconds)]
     pub(crate) wait: u64,
     #[command(flatten)]
     pub(crate) life: LifeArgs,
+}
+
+/// What a network lets out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum NetworkKind {
+    /// No network card.
+    Off,
+    /// Nothing.
+    None,
+    /// Connections, with the host's address.
+    Nat,
+}
+
+impl RunArgs {
+    /// What the request says of the network.
+    pub(crate) fn egress(&self) -> Option<Egress> {
+        if !self.allow.is_empty() {
+            return Some(Egress::List(self.allow.clone()));
+        }
+        self.network.map(|kind| match kind {
+            NetworkKind::Off => Egress::Off,
+            NetworkKind::None => Egress::None,
+            NetworkKind::Nat => Egress::Nat,
+        })
+    }
+}
+
+/// What a guest does before a checkpoint.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct QuiesceArgs {
+    /// Have the guest's applications stand still until, in the parent, the checkpoint is taken, and in clones the kernel has
+    /// fresh entropy: no two clones then draw equal random numbers.
+    #[arg(long)]
+    pub(crate) freeze: bool,
+    /// Have the guest write its file systems to their disks before.
+    #[arg(long)]
+    pub(crate) sync: bool,
+}
+
+impl QuiesceArgs {
+    pub(crate) fn request(&self, no_hooks: bool, limit_s: u64) -> Quiesce {
+        Quiesce { hooks: !no_hooks, freeze: self.freeze, sync: self.sync, limit_s }
+    }
 }
 
 /// `ramet ps`
@@ -336,6 +401,14 @@ pub(crate) struct CheckpointArgs {
     /// Return only when the copy of what changed has ended, not already when the VM runs again.
     #[arg(long, requires = "vm")]
     pub(crate) wait: bool,
+    #[command(flatten)]
+    pub(crate) quiesce: QuiesceArgs,
+    /// Run no hooks (/etc/ramet/checkpoint.d in the guest).
+    #[arg(long)]
+    pub(crate) no_hooks: bool,
+    /// How long hooks and freezing may take.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_seconds)]
+    pub(crate) hook_limit: u64,
     #[command(subcommand)]
     pub(crate) command: Option<CheckpointCommand>,
 }
@@ -376,6 +449,19 @@ pub(crate) struct SpreadArgs {
     /// Show where the time went, phase by phase.
     #[arg(long)]
     pub(crate) timeline: bool,
+    /// Make new SSH host keys in every clone.
+    #[arg(long)]
+    pub(crate) ssh_host_keys: bool,
+    /// Run no hooks (/etc/ramet/clone.d, and with `fork` /etc/ramet/checkpoint.d, in the guest).
+    #[arg(long)]
+    pub(crate) no_hooks: bool,
+    /// How long hooks may take.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_seconds)]
+    pub(crate) hook_limit: u64,
+    /// Release clones even when their kernels can't confirm that they took fresh entropy: their random numbers may then be
+    /// those of their siblings.
+    #[arg(long)]
+    pub(crate) allow_unseeded: bool,
     #[command(flatten)]
     pub(crate) life: LifeArgs,
 }
@@ -431,6 +517,8 @@ pub(crate) struct ForkArgs {
     /// A note for the checkpoint.
     #[arg(long)]
     pub(crate) note: Option<String>,
+    #[command(flatten)]
+    pub(crate) quiesce: QuiesceArgs,
     #[command(flatten)]
     pub(crate) spread: SpreadArgs,
 }
@@ -518,6 +606,25 @@ fn parse_pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// `8080:80`, `53:53/udp`.
+fn parse_publish(text: &str) -> Result<PublishedPort, String> {
+    let wrong = || "expected HOSTPORT:PORT, such as 8080:80 or 53:53/udp".to_owned();
+    let (ports, protocol) = match text.split_once('/') {
+        None => (text, Protocol::Tcp),
+        Some((ports, "tcp")) => (ports, Protocol::Tcp),
+        Some((ports, "udp")) => (ports, Protocol::Udp),
+        Some(_) => return Err(wrong()),
+    };
+    let (host, guest) = ports.split_once(':').ok_or_else(wrong)?;
+    let port = |text: &str| text.parse::<u16>().ok().filter(|p| *p > 0).ok_or_else(wrong);
+    Ok(PublishedPort { protocol, host_port: port(host)?, guest_port: port(guest)? })
+}
+
+/// Bits a second of `100mbit`, `1gbit`.
+fn parse_rate(text: &str) -> Result<u64, String> {
+    text.parse::<ramet_lab::Rate>().map(|rate| rate.0).map_err(|err| err.to_string())
+}
+
 /// Seconds of `90`, `90s`, `10m`, `2h`, `1d`.
 fn parse_seconds(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -575,6 +682,23 @@ mod tests {
         assert_eq!(fork.spread.on, ["h1", "h2", "h3"]);
         assert_eq!(fork.spread.life.ttl, Some(600));
         assert!(parse("ramet fork web -n 0").is_err());
+    }
+
+    #[test]
+    fn networks_and_ports_are_understood() {
+        let Command::Run(run) = parse("ramet run web --network none -p 8080:80 -p 53:5353/udp --rate 10mbit").unwrap().command
+        else {
+            panic!()
+        };
+        assert_eq!(run.egress(), Some(Egress::None));
+        assert_eq!((run.publish[1].host_port, run.publish[1].guest_port, run.publish[1].protocol), (53, 5353, Protocol::Udp));
+        assert_eq!(run.rate, Some(10_000_000));
+        let Command::Run(run) = parse("ramet run web --allow 10.0.0.0/8:443").unwrap().command else { panic!() };
+        assert_eq!(run.egress(), Some(Egress::List(vec!["10.0.0.0/8:443".to_owned()])));
+        for bad in ["80", "0:80", "8080:80/icmp", "8080:70000"] {
+            assert!(parse(&format!("ramet run -p {bad}")).is_err(), "{bad}");
+        }
+        assert!(parse("ramet run --allow 10.0.0.1 --network nat").is_err());
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! # async fn example() -> Result<(), ramet_client::Error> {
 //! use ramet_client::{Client, api};
 //! let client = Client::unix("/run/ramet/rametd.sock");
-//! let fork = client.fork("web", &api::ForkRequest { clones: api::CloneRequest::new(8), note: None }).await?;
+//! let fork = client.fork("web", &api::ForkRequest { clones: api::CloneRequest::new(8), ..Default::default() }).await?;
 //! println!("the parent stood still for {} us", fork.parent.pause_us);
 //! # Ok(()) }
 //! ```

@@ -39,7 +39,9 @@ pub(crate) fn spawn(record: &LabRecord, host: &HostRecord) -> Result<Child> {
         .arg("--listen")
         .arg(format!("{}:{PORT}", host.address))
         .arg("--image-dir")
-        .arg(&record.image_dir);
+        .arg(&record.image_dir)
+        .arg("--disk-dir")
+        .arg(host.state_dir.join("disks"));
     if let Some(group) = &record.group {
         command.arg("--group").arg(group);
     }

@@ -146,10 +146,10 @@ async fn a_second_checkpoint_stores_only_what_changed_since_the_first() {
     let host = lab.client(1);
     run_tiny(&host, "db").await;
     fill(&host, "db", 1, FIRST, 4000).await;
-    let take = api::CheckpointRequest { note: Some("first".into()), wait: true };
+    let take = api::CheckpointRequest { note: Some("first".into()), wait: true, ..Default::default() };
     let first = host.checkpoint("db", &take).await.unwrap().checkpoint;
     fill(&host, "db", 2, FIRST + 10, 30).await;
-    let second = host.checkpoint("db", &api::CheckpointRequest { note: None, wait: true }).await.unwrap().checkpoint;
+    let second = host.checkpoint("db", &api::CheckpointRequest { wait: true, ..Default::default() }).await.unwrap().checkpoint;
     assert_eq!(first.note.as_deref(), Some("first"));
     let all = host.checkpoints().await.unwrap().checkpoints;
     assert_eq!(all.iter().map(|c| c.id).collect::<Vec<_>>(), [first.id, second.id]);

@@ -15,7 +15,11 @@ pub(crate) async fn run(context: &Context, args: &CheckpointArgs) -> Result<()> 
     match &args.command {
         None => {
             let vm = args.vm.as_deref().context("Which VM? `ramet checkpoint VM`")?;
-            let request = CheckpointRequest { note: args.note.clone(), wait: args.wait };
+            let request = CheckpointRequest {
+                note: args.note.clone(),
+                wait: args.wait,
+                quiesce: args.quiesce.request(args.no_hooks, args.hook_limit),
+            };
             let made = client.checkpoint(vm, &request).await?;
             context.out.show(&made, |made| {
                 output::note(&format!("{} stood still for {}", made.checkpoint.vm_name, us(made.pause_us)));

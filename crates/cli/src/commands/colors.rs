@@ -56,7 +56,7 @@ async fn find(client: &Client, what: &str) -> Result<Target> {
         Err(err) if err.code() != Some(ErrorCode::NotFound) => return Err(err.into()),
         Err(_) => {}
     }
-    let request = CheckpointRequest { note: Some("for `ramet colors`".to_owned()), wait: false };
+    let request = CheckpointRequest { note: Some("for `ramet colors`".to_owned()), wait: false, ..Default::default() };
     match client.checkpoint(what, &request).await {
         Ok(made) => {
             output::note(&format!("{} stood still for {}", made.checkpoint.vm_name, output::us(made.pause_us)));

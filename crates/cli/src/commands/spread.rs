@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, bail};
 use ramet_client::{
     Lease,
-    api::{CheckpointResult, CloneRequest, CloneResult, ForkRequest, PoolRequest, Timeline},
+    api::{CheckpointResult, CloneOptions, CloneRequest, CloneResult, ForkRequest, PoolRequest, Timeline},
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -31,7 +31,11 @@ pub(crate) async fn clone(context: &Context, args: &CloneArgs) -> Result<()> {
 pub(crate) async fn fork(context: &Context, args: &ForkArgs) -> Result<()> {
     let client = context.client()?;
     let lease = if args.spread.life.hold { Some(client.lease().await?) } else { None };
-    let request = ForkRequest { clones: request(&args.spread, lease.as_ref())?, note: args.note.clone() };
+    let request = ForkRequest {
+        clones: request(&args.spread, lease.as_ref())?,
+        note: args.note.clone(),
+        quiesce: args.quiesce.request(args.spread.no_hooks, args.spread.hook_limit),
+    };
     let made = client.fork(&args.vm, &request).await?;
     context.out.show(&made, |made| {
         let checkpoint = &made.parent.checkpoint;
@@ -73,16 +77,23 @@ fn request(spread: &SpreadArgs, lease: Option<&Lease>) -> Result<CloneRequest> {
         ttl_s: spread.life.ttl,
         lease: lease.map(|l| l.id().to_owned()),
         wait_agent_s: spread.wait,
+        options: CloneOptions {
+            ssh_host_keys: spread.ssh_host_keys,
+            hooks: !spread.no_hooks,
+            hook_limit_s: spread.hook_limit,
+            allow_unseeded: spread.allow_unseeded,
+        },
     })
 }
 
 fn clones(clones: &[CloneResult]) -> String {
-    let mut rows = Rows::new(&[">#", "NAME", "HOST", ">RUNNING", ">ANSWERED", ">READY", "QEMU"]);
+    let mut rows = Rows::new(&[">#", "NAME", "HOST", "ADDRESS", ">RUNNING", ">ANSWERED", ">READY", "QEMU"]);
     for clone in clones {
         rows.add([
             clone.vm.clone_number.to_string(),
             clone.vm.name.clone(),
             clone.vm.host.clone(),
+            clone.vm.network.as_ref().map_or_else(|| "-".to_owned(), |n| n.ip.clone()),
             us(clone.running_us),
             clone.answered_us.map_or_else(|| "-".to_owned(), us),
             clone.ready_us.map_or_else(|| "-".to_owned(), us),

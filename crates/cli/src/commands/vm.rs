@@ -24,6 +24,12 @@ pub(crate) async fn run(context: &Context, args: &RunArgs) -> Result<()> {
         ttl_s: args.life.ttl,
         lease: lease.as_ref().map(|l| l.id().to_owned()),
         wait_agent_s: args.wait,
+        disk: args.disk.clone(),
+        disk_size: args.disk_size,
+        volumes: args.volume.clone(),
+        network: args.egress(),
+        rate: args.rate,
+        publish: args.publish.clone(),
         ..RunRequest::new(args.image.clone())
     };
     let vm = client.run(&request).await?;
@@ -51,13 +57,14 @@ pub(crate) async fn ps(context: &Context, args: &PsArgs) -> Result<()> {
 }
 
 fn table(list: &VmList) -> String {
-    let mut rows = Rows::new(&["NAME", "STATE", "HOST", "IMAGE", ">MEMORY", ">CPUS", ">GEN", "CHECKPOINT", "AGE"]);
+    let mut rows = Rows::new(&["NAME", "STATE", "HOST", "IMAGE", "ADDRESS", ">MEMORY", ">CPUS", ">GEN", "CHECKPOINT", "AGE"]);
     for vm in &list.vms {
         rows.add([
             vm.name.clone(),
             state(vm),
             vm.host.clone(),
             vm.image.clone(),
+            vm.network.as_ref().map_or_else(|| "-".to_owned(), |n| n.ip.clone()),
             vm.memory.to_string(),
             vm.cpus.to_string(),
             vm.generation.to_string(),

@@ -45,6 +45,13 @@ struct Arguments {
     /// Where guest images are. Default: /var/lib/ramet/images, as for `ramet image`.
     #[arg(long, env = "RAMET_IMAGE_DIR")]
     image_dir: Option<PathBuf>,
+    /// Where overlays of VMs' disks are: on a disk with room, not in memory.
+    #[arg(long, env = "RAMET_DISK_DIR")]
+    disk_dir: Option<PathBuf>,
+    /// Network whose addresses VMs get, the same in every family: a prefix of 10 or shorter. Default: 100.64.0.0/10. All
+    /// hosts of a group must have the same.
+    #[arg(long, value_name = "NETWORK")]
+    guest_network: Option<ramet_net::Subnet>,
     /// Where ramet-pager and libramet_shim.so are. Default: where rametd is.
     #[arg(long)]
     bin_dir: Option<PathBuf>,
@@ -109,6 +116,12 @@ fn configure(arguments: Arguments) -> anyhow::Result<Config> {
     }
     if let Some(dir) = arguments.image_dir {
         config.image_dir = dir;
+    }
+    if let Some(dir) = arguments.disk_dir {
+        config.disk_dir = dir;
+    }
+    if let Some(network) = arguments.guest_network {
+        config.guest_network = network;
     }
     if let Some(dir) = arguments.bin_dir {
         config.bin_dir = dir;

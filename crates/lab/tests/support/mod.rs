@@ -75,7 +75,7 @@ pub fn clones(count: u32, hosts: &[&str]) -> api::CloneRequest {
 }
 
 pub fn fork_of(clones: api::CloneRequest) -> api::ForkRequest {
-    api::ForkRequest { clones, note: None }
+    api::ForkRequest { clones, ..Default::default() }
 }
 
 /// Forks; the clones' names in order.
