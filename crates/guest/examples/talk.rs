@@ -1,5 +1,5 @@
 //! Talks to an agent by hand: `talk SOCKET ping [N]`, `talk SOCKET exec CMD...`, `talk SOCKET identity JSON`, or
-//! `talk SOCKET freeze|thaw|release`; prints how long things took.
+//! `talk SOCKET freeze|thaw|release|shutdown`; prints how long things took.
 
 use ramet_guest::host::{AgentClient, ExecRequest};
 use ramet_guest::protocol::{Freeze, Release};
@@ -10,7 +10,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let [socket, command, rest @ ..] = args.as_slice() else {
-        return Err("usage: talk SOCKET ping [N] | exec CMD... | identity JSON | freeze | thaw | release".into());
+        return Err(
+            "usage: talk SOCKET ping [N] | exec CMD... | identity JSON | freeze | thaw | release | shutdown".into()
+        );
     };
     let begun = Instant::now();
     let client = AgentClient::connect(socket, Duration::from_secs(60)).await?;
@@ -32,6 +34,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("{:#?}", client.freeze(&request).await?);
     } else if *command == "thaw" {
         println!("{:#?}", client.thaw().await?);
+    } else if *command == "shutdown" {
+        client.shutdown().await?;
     } else if *command == "release" {
         println!("{:#?}", client.release(&Release { hooks: true, signal: true, limit_ms: 10_000 }).await?);
     } else {
