@@ -222,7 +222,7 @@ fn subscribe(paths: &Paths, to: &str) -> io::Result<BufReader<UnixStream>> {
     let mut reader = BufReader::with_capacity(LINE, stream);
     let mut answer = String::new();
     reader.read_line(&mut answer)?;
-    let answer: SubscriptionAck = serde_json::from_str(&answer)?;
+    let answer: SubscriptionAck = serde_json::from_slice(answer.as_bytes())?;
     if answer.ok { Ok(reader) } else { Err(io::Error::other(answer.error.unwrap_or_default())) }
 }
 
