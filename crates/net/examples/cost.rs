@@ -49,7 +49,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let mut times = [Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new()];
     let micros = |start: Instant| start.elapsed().as_secs_f64() * 1e6;
-    // Batches of taps that are open at once, as clones are.
     let mut taps = Vec::new();
     for index in 2..2 + ROUNDS {
         let member = plan.member(1, index).ok_or("no such member")?;
@@ -61,16 +60,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         times[1].push(micros(middle));
         times[2].push(micros(start));
         taps.push((tap, member));
-        if taps.len() == 50 {
-            for (tap, member) in taps.drain(..) {
-                let start = Instant::now();
-                network.expel(&tap.name, member)?;
-                times[3].push(micros(start));
-                let start = Instant::now();
-                drop(tap);
-                times[4].push(micros(start));
-            }
-        }
+    }
+    for (tap, member) in &taps {
+        let start = Instant::now();
+        network.expel(&tap.name, *member)?;
+        times[3].push(micros(start));
+    }
+    for (tap, _) in taps {
+        let start = Instant::now();
+        drop(tap);
+        times[4].push(micros(start));
     }
     let steps = ["open_tap", "admit", "open_tap + admit", "expel", "close the tap"];
     for (step, times) in steps.into_iter().zip(times) {

@@ -20,11 +20,11 @@ use crate::dhcp::{Responder, Terms};
 use crate::host::{HostInner, Port, check_name, delete_devices, device, devices, forward, set_elements};
 use crate::netlink::{Element, Key, Message, PortFlags, Socket};
 use crate::rules::{self, BRIDGE, DHCP, Published, TABLE, TUNNEL, UPLINK};
-use crate::space::{Space, TC, ip_batch, nft, sysctl};
+use crate::space::{IP, Space, TC, ip_batch, nft, sysctl};
 use crate::{Error, MacAddr, Member, Result, Subnet, sys};
 
 /// Descriptors of `/dev/net/tun` kept open: opening one takes a thread that enters the namespace.
-const TUNS: usize = 16;
+const TUNS: usize = 8;
 /// The most characters of a tap's name.
 const TAP_NAME: usize = 11;
 /// Names that no tap can have.
@@ -295,7 +295,7 @@ impl Inner {
                 control,
                 bridge,
                 tunnel,
-                tuns: Mutex::new(open_tuns()?),
+                tuns: Mutex::default(),
                 members: Arc::new(Mutex::new(members)),
                 own_tap: Mutex::default(),
                 dhcp: Mutex::default(),
@@ -481,11 +481,9 @@ fn veth(host: &HostInner, spec: &NetworkSpec, path: &Path, space: &Space) -> Res
         if !whole {
             space.run(|| delete_devices(&[UPLINK]))?;
             delete_devices(&[&name])?;
-            let netns = path.display();
-            ip_batch(
-                "make a network's veth pair",
-                &[format!("link add {name} type veth peer name {UPLINK} netns {netns}")],
-            )?;
+            let arguments =
+                ["link", "add", &name, "type", "veth", "peer", "name", UPLINK, "netns", &path.to_string_lossy()];
+            IP.run("make a network's veth pair", &arguments, "")?;
         }
         let own = device(&there, &name).map(addresses).unwrap_or_default();
         let link = match own.into_iter().find_map(Link::of_host).filter(|_| whole) {
@@ -565,16 +563,13 @@ fn tunnel(host: &HostInner, spec: &NetworkSpec, path: &Path, space: &Space) -> R
         let name = format!("{}{}", rules::tunnel_prefix(&host.options.tag), spec.name);
         host.space.run(|| {
             delete_devices(&[&name])?;
-            ip_batch(
-                "make a network's tunnel",
-                &[
-                    format!(
-                        "link add {name} type vxlan id {} local {} dstport {} nolearning ttl 64",
-                        spec.vni, options.local, options.port
-                    ),
-                    format!("link set dev {name} netns {} name {TUNNEL}", path.display()),
-                ],
-            )
+            let line = format!(
+                "link add {name} type vxlan id {} local {} dstport {} nolearning ttl 64",
+                spec.vni, options.local, options.port
+            );
+            ip_batch("make a network's tunnel", &[line])?;
+            let arguments = ["link", "set", "dev", &name, "netns", &path.to_string_lossy(), "name", TUNNEL];
+            IP.run("move a network's tunnel to it", &arguments, "").map(drop)
         })?;
     }
     space.run(|| {
@@ -681,6 +676,8 @@ impl Network {
     }
 
     /// Takes back what [`Network::admit`] gave. No error when it is gone, or the tap is.
+    ///
+    /// The next [`Network::admit`] of any network may wait some milliseconds until the kernel has freed what this took away.
     ///
     /// # Errors
     /// When the kernel refuses.

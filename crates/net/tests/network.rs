@@ -1,4 +1,4 @@
-//! Networks on the real kernel. Needs root, `ip`, `tc` and `nft`.
+//! Networks on the real kernel. Needs root, `ip`, `bridge`, `tc` and `nft`. The guests are this process, at the taps' ends.
 
 mod support;
 
@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use ramet_net::{DhcpOptions, Egress, Error, MacAddr, Member, Proto};
+use ramet_net::{DhcpOptions, Egress, Error, HostNet, MacAddr, Member, Proto};
 use support::*;
 
 const WAIT: Duration = Duration::from_millis(800);
@@ -614,7 +614,7 @@ fn guests_are_given_their_addresses_by_dhcp() {
 /// All that a family's namespace holds but counters.
 fn state(host: &Host, name: &str) -> String {
     within(&host.family_path(name), || {
-        sh("ip -o link show | grep -v '^1:' | sed 's/^[0-9]*: //'; bridge fdb show | grep -v permanent || true; ip neigh show nud permanent | sort
+        sh("ip -o link show | grep -v '^1:' | sed 's/^[0-9]*: //; s/<[^>]*>//; s/ state [A-Z]*//'; bridge fdb show | grep -v permanent || true; ip neigh show nud permanent | sort
             nft -s list table bridge ramet; nft -s list table inet ramet")
     })
 }
@@ -754,4 +754,51 @@ fn a_daemon_that_starts_again_adopts_what_is_there() {
     network.expel("tap1", other.member).unwrap();
     assert!(!guest.reaches(&other, b"no more"));
     drop((guest, other));
+}
+
+#[test]
+fn two_daemons_share_a_host_and_one_needs_no_tunnel() {
+    let fabric = Fabric::new();
+    let host = Host::new(&fabric, 1);
+    let directory = tempfile::tempdir().unwrap();
+    let mut lone = options(&directory.path().join("a directory"), 1);
+    lone.tag = "u".to_owned();
+    lone.tunnel = None;
+    let second = host.place.run(|| HostNet::open(lone).unwrap());
+    let network = host.family("fam", VNI, Egress::Nat);
+    let alone = second.ensure(&spec("fam", VNI, Egress::Nat)).unwrap();
+    let here = host.guest(&network, "tap0", 2);
+    let (there, beside) = (host.guest(&alone, "tap0", 2), host.guest(&alone, "tap1", 3));
+    let gateway = host.net.plan().gateway();
+    // At once: a bridge that only now has its first port would not answer.
+    assert_eq!(there.arp(gateway.ip), Some(gateway.mac));
+    assert!(there.reaches(&beside, b"of one family"));
+    assert!(matches!(alone.set_remote(&[(here.member, host.address)]), Err(Error::BadValue { .. })));
+    alone.set_remote(&[]).unwrap();
+
+    // Both have a way out, and none into the other, published ports included.
+    alone.publish(Proto::Udp, 8080, beside.member.ip, 80).unwrap();
+    assert!(matches!(network.publish(Proto::Udp, 8080, here.member.ip, 80), Err(Error::PortTaken { .. })));
+    let internet = fabric.place("internet", 100);
+    let socket = internet.run(|| UdpSocket::bind("0.0.0.0:9").unwrap());
+    socket.set_read_timeout(Some(WAIT)).unwrap();
+    for guest in [&here, &there] {
+        guest.send(&udp(gateway.mac, guest.member, INTERNET, 4, 9, b"out"));
+        assert_eq!(socket.recv(&mut [0; 9]).unwrap(), 3);
+    }
+    let up = within(directory.path().join("a directory/net/fam").to_str().unwrap(), || {
+        sh("ip -4 -o addr show dev up0 | awk '{print $4}' | cut -d/ -f1")
+    });
+    for to in [up.trim().parse().unwrap(), host.address] {
+        here.send(&udp(gateway.mac, here.member, to, 7, 8080, b"to another family"));
+    }
+    assert_eq!(beside.drain(), Vec::<Vec<u8>>::new());
+    internet.run(|| UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"published", (host.address, 8080)).unwrap());
+    assert!(beside.find(WAIT, |frame| frame.ends_with(b"published")).is_some());
+
+    assert_eq!(host.net.names().unwrap(), ["fam"]);
+    second.remove("fam").unwrap();
+    assert_eq!(host.net.names().unwrap(), ["fam"]);
+    assert_eq!(second.names().unwrap(), Vec::<String>::new());
+    second.close().unwrap();
 }

@@ -1,5 +1,5 @@
 //! Hosts, guests and frames for tests on the real kernel.
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
 use std::fs::File;
 use std::io::{Read, Write};
