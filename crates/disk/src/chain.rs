@@ -130,7 +130,7 @@ impl ChainPaths {
     /// # Errors
     /// [`ChainError`].
     pub fn check(&self) -> Result<(), ChainError> {
-        if self.size == 0 || self.size % 512 != 0 || self.size > MAX_DISK {
+        if self.size == 0 || !self.size.is_multiple_of(512) || self.size > MAX_DISK {
             return Err(ChainError::Size { size: self.size });
         }
         if self.layers.len() > MAX_LAYERS {
@@ -173,7 +173,7 @@ impl ChainPaths {
             });
             if !raw {
                 node["backing"] = below;
-            } else if fs::metadata(path).is_ok_and(|m| m.len() % 512 != 0) {
+            } else if fs::metadata(path).is_ok_and(|m| !m.len().is_multiple_of(512)) {
                 // QEMU rounds the size up and reads zeros there.
                 tracing::debug!(path = %path.display(), "the golden image's size is no multiple of 512");
             }
@@ -291,7 +291,7 @@ fn by_pages(
             if last > first {
                 push(last, kind);
             }
-            if end < size && end % PAGE != 0 && end / PAGE >= first {
+            if end < size && !end.is_multiple_of(PAGE) && end / PAGE >= first {
                 open = Some((end / PAGE, kind));
             }
         }

@@ -251,6 +251,7 @@ impl Host {
         chain.check().map_err(|err| ControlError::new("bad_request", describe(&err)))?;
         let size = chain.size;
         let mut disks = crate::lock(&self.disks);
+        let new = !disks.contains_key(&disk);
         match disks.get(&disk) {
             Some(Entry::Remote(_)) => {
                 let text = format!("disk {disk} is known here as one of another host: drop it first");
@@ -260,7 +261,12 @@ impl Host {
             Some(Entry::Frozen(frozen)) => frozen.export().set_chain(chain),
             None => drop(disks.insert(disk, self.frozen(disk, chain))),
         }
-        self.record(&disks)?;
+        if let Err(err) = self.record(&disks) {
+            if new {
+                disks.remove(&disk);
+            }
+            return Err(err);
+        }
         Ok(FrozenReply { size })
     }
 
@@ -294,7 +300,7 @@ impl Host {
         sources: Vec<SourceAddress>,
     ) -> Result<RemoteReply> {
         let bad = |text: String| ControlError::new("bad_request", text);
-        if extents.size() != size || size % 512 != 0 {
+        if extents.size() != size || !size.is_multiple_of(512) {
             return Err(bad(format!("disk {disk} has {size} bytes, its map is of {}", extents.size())));
         }
         if sources.len() > MAX_SOURCES {
@@ -304,6 +310,7 @@ impl Host {
             return Err(bad(format!("'{}' is no IP:PORT", bad_one.addr)));
         }
         let mut disks = crate::lock(&self.disks);
+        let new = !disks.contains_key(&disk);
         match disks.get_mut(&disk) {
             Some(Entry::Frozen(_)) => {
                 return Err(ControlError::new("exists", format!("all files of disk {disk} are here: open them")));
@@ -336,7 +343,10 @@ impl Host {
             }
         }
         if let Err(err) = self.record(&disks) {
-            // Otherwise it would be gone after a restart, unannounced.
+            // It would be gone after a restart, unannounced.
+            if new && let Some(Entry::Remote(remote)) = disks.remove(&disk) {
+                remote.end();
+            }
             return Err(err);
         }
         match disks.get(&disk).and_then(Entry::socket) {

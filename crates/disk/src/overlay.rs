@@ -87,7 +87,7 @@ impl Templates {
     }
 
     fn template(&self, size: u64) -> Result<Arc<File>, OverlayError> {
-        if size == 0 || size % 512 != 0 || size > crate::MAX_DISK {
+        if size == 0 || !size.is_multiple_of(512) || size > crate::MAX_DISK {
             return Err(OverlayError::Size { size });
         }
         let mut open = crate::lock(&self.open);

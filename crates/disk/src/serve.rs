@@ -234,8 +234,11 @@ impl Peer {
             self.buffer.resize(len as usize * PAGE_SIZE, 0);
             if let Err(err) = disk.read(at, &mut self.buffer) {
                 tracing::warn!(disk = %disk.disk, error = %err, "a frozen disk cannot be read");
-                let mut message = format!("the disk cannot be read there: {err}");
-                message.truncate(message.floor_char_boundary(ramet_wire::frame::MAX_TEXT));
+                // At most four bytes each.
+                let message: String = format!("the disk cannot be read there: {err}")
+                    .chars()
+                    .take(ramet_wire::frame::MAX_TEXT / 4)
+                    .collect();
                 return self.reply(req, Message::Error { code: ErrorCode::Internal, message: &message });
             }
             self.writer.start(req, handle);

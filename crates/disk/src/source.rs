@@ -231,7 +231,7 @@ impl Upstream {
                 turn += 1;
             }
             let sources = state.sources.len().max(1) as u32;
-            if failures % sources == 0 || useful {
+            if failures.is_multiple_of(sources) || useful {
                 let pause = (BACKOFF[0] * 2u32.pow((failures / sources).min(10))).min(BACKOFF[1]);
                 drop(self.wake.wait_timeout(state, pause));
             }

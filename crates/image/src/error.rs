@@ -57,7 +57,7 @@ pub enum ImageError {
         source: io::Error,
     },
     /// A program that Debian images need is missing.
-    #[error("cannot run `{tool}`: {source}; install it with `apt-get install {package}`")]
+    #[error("cannot run `{tool}`, which makes Debian images; install it with `apt-get install {package}`")]
     NoTool {
         /// The program.
         tool: String,

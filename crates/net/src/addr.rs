@@ -234,7 +234,7 @@ impl AddressPlan {
 
     /// The `index`th member on host number `host`; `None` for the indices 0, 1 and the last, which are reserved.
     pub fn member(&self, host: u8, index: u16) -> Option<Member> {
-        if index < 2 || index >= Self::LAST_INDEX {
+        if !(2..Self::LAST_INDEX).contains(&index) {
             return None;
         }
         let bits = self.network.base().to_bits() | (u32::from(host) << INDEX_BITS) | u32::from(index);

@@ -134,8 +134,7 @@ fn serve(mut tap: File, stop: &OwnedFd, shared: &Shared, members: &Mutex<Members
                 clients.clear();
             }
             let now = Instant::now();
-            let client =
-                clients.entry(member).or_insert(Client { tokens: ANSWERS_PER_SECOND, at: now, acks: 0 });
+            let client = clients.entry(member).or_insert(Client { tokens: ANSWERS_PER_SECOND, at: now, acks: 0 });
             let earned = now.duration_since(client.at).as_secs_f64() * ANSWERS_PER_SECOND;
             client.tokens = (client.tokens + earned).min(ANSWERS_PER_SECOND);
             client.at = now;
@@ -381,7 +380,11 @@ mod tests {
             frame[38..40].copy_from_slice(&(length - 20).to_be_bytes());
             assert_eq!(Query::read(&frame), None, "{extra:?}");
         }
-        let relayed = { let mut f = question(DISCOVER, &[]); f[HEADERS + 24] = 1; f };
+        let relayed = {
+            let mut f = question(DISCOVER, &[]);
+            f[HEADERS + 24] = 1;
+            f
+        };
         assert_eq!(Query::read(&relayed), None);
     }
 

@@ -175,13 +175,8 @@ impl HostNet {
             let peers: Vec<_> = peers.iter().filter_map(|peer| peer.as_str()?.parse().ok()).collect();
             nft("install the host's rules", &rules::host(&options.tag, options.plan, options.tunnel, &peers))
         })?;
-        let inner = HostInner {
-            options,
-            space,
-            networks: Mutex::default(),
-            ports: Mutex::default(),
-            work: Mutex::default(),
-        };
+        let inner =
+            HostInner { options, space, networks: Mutex::default(), ports: Mutex::default(), work: Mutex::default() };
         Ok(Self { inner: Arc::new(inner) })
     }
 

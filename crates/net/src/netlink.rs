@@ -218,9 +218,10 @@ pub(crate) struct Element {
 impl Element {
     fn message(&self, table: &str, add: bool) -> Message {
         let (kind, flags) = if add { (NFT_NEWSETELEM, F_ACK | F_CREATE) } else { (NFT_DELSETELEM, F_ACK) };
-        Message::new(kind, flags, &[AF_BRIDGE, 0, 0, 0]).name(1, table).name(2, self.set).nested(3, |list| {
-            list.nested(1, |element| element.nested(1, |key| key.attr(1, &self.key.0)))
-        })
+        Message::new(kind, flags, &[AF_BRIDGE, 0, 0, 0])
+            .name(1, table)
+            .name(2, self.set)
+            .nested(3, |list| list.nested(1, |element| element.nested(1, |key| key.attr(1, &self.key.0))))
     }
 }
 
@@ -388,10 +389,8 @@ mod tests {
 
     #[test]
     fn a_key_is_what_nft_makes_of_it() {
-        let key = Key::default()
-            .device("tap0")
-            .mac("02:52:64:40:00:02".parse().unwrap())
-            .ip(Ipv4Addr::new(100, 64, 0, 2));
+        let key =
+            Key::default().device("tap0").mac("02:52:64:40:00:02".parse().unwrap()).ip(Ipv4Addr::new(100, 64, 0, 2));
         // As `nft --debug=netlink` prints it, in the bytes' order.
         let expected = b"tap0\0\0\0\0\0\0\0\0\0\0\0\0\x02\x52\x64\x40\x00\x02\0\0\x64\x40\x00\x02";
         assert_eq!(key.0, expected);

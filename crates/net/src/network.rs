@@ -8,6 +8,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice};
@@ -18,11 +20,11 @@ use crate::dhcp::{Responder, Terms};
 use crate::host::{HostInner, Port, check_name, delete_devices, device, devices, forward, set_elements};
 use crate::netlink::{Element, Key, Message, PortFlags, Socket};
 use crate::rules::{self, BRIDGE, DHCP, Published, TABLE, TUNNEL, UPLINK};
-use crate::space::{Space, TC, ip_batch, nft, sysctl};
+use crate::space::{IP, Space, TC, ip_batch, nft, sysctl};
 use crate::{Error, MacAddr, Member, Result, Subnet, sys};
 
 /// Descriptors of `/dev/net/tun` kept open: opening one takes a thread that enters the namespace.
-const TUNS: usize = 16;
+const TUNS: usize = 8;
 /// The most characters of a tap's name.
 const TAP_NAME: usize = 11;
 /// Names that no tap can have.
@@ -177,6 +179,8 @@ pub(crate) struct Inner {
     tunnel: Option<u32>,
     tuns: Mutex<Vec<OwnedFd>>,
     members: Arc<Mutex<Members>>,
+    /// The port for the DHCP responder. Kept open also without one, so that the bridge always has a port in use.
+    own_tap: Mutex<Option<OwnedFd>>,
     dhcp: Mutex<Option<Responder>>,
     gone: AtomicBool,
 }
@@ -269,22 +273,40 @@ impl Inner {
             };
             let bridge = index(BRIDGE)?;
             let tunnel = host.options.tunnel.map(|_| index(TUNNEL)).transpose()?;
-            Ok(Self {
+            let route = Socket::route().map_err(failed)?;
+            let members = members.unwrap_or_default();
+            // What a crash, or a person, took from those whose taps are still there.
+            let mut messages = Vec::new();
+            for (tap, member) in &members.admitted {
+                if let Ok(tap) = netdevice::name_to_index(&control, tap) {
+                    messages.push(Message::add_fdb(tap, member.mac));
+                    messages.push(Message::add_neighbour(bridge, member.ip, member.mac));
+                }
+            }
+            route.send_all(messages).map_err(failed)?;
+            let network = Self {
                 name: spec.name.clone(),
                 mtu: spec.mtu,
                 host: Arc::clone(host),
                 space: Space::current()?,
                 link,
-                route: Socket::route().map_err(failed)?,
+                route,
                 filter: Socket::filter().map_err(failed)?,
                 control,
                 bridge,
                 tunnel,
-                tuns: Mutex::new(open_tuns()?),
-                members: Arc::new(Mutex::new(members.unwrap_or_default())),
+                tuns: Mutex::default(),
+                members: Arc::new(Mutex::new(members)),
+                own_tap: Mutex::default(),
                 dhcp: Mutex::default(),
                 gone: AtomicBool::new(false),
-            })
+            };
+            let own_tap = network.tap_in_time(DHCP)?;
+            *locked(&network.own_tap) = Some(own_tap);
+            // Only now: a bridge that is set up without a port in use drops what it sends, for up to a second after it
+            // has one.
+            network.route.send_all(vec![Message::up(bridge)]).map_err(failed)?;
+            Ok(network)
         })?;
         Ok(Arc::new(inner))
     }
@@ -294,6 +316,7 @@ impl Inner {
         self.gone.store(true, Ordering::SeqCst);
         let responder = locked(&self.dhcp).take();
         drop(responder);
+        locked(&self.own_tap).take();
         locked(&self.tuns).clear();
     }
 
@@ -307,7 +330,8 @@ impl Inner {
 
     /// Makes a tap that is a port of the bridge and up.
     fn tap(&self, name: &str, vnet_header: bool, flags: PortFlags) -> Result<OwnedFd> {
-        let failed = |source: io::Error| Error::kernel(format!("make the tap {name} of the network {}", self.name), source);
+        let failed =
+            |source: io::Error| Error::kernel(format!("make the tap {name} of the network {}", self.name), source);
         let fd = {
             let mut tuns = locked(&self.tuns);
             if tuns.is_empty() {
@@ -325,6 +349,21 @@ impl Inner {
             ])
             .map_err(failed)?;
         Ok(fd)
+    }
+
+    /// Makes the network's own tap, also if the former one is still on its way out.
+    fn tap_in_time(&self, name: &str) -> Result<OwnedFd> {
+        let end = Instant::now() + Duration::from_secs(2);
+        loop {
+            match self.tap(name, false, PortFlags::default()) {
+                Err(Error::Kernel { source, .. })
+                    if source.kind() == io::ErrorKind::ResourceBusy && Instant::now() < end =>
+                {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                other => return other,
+            }
+        }
     }
 
     /// Takes away what a member had at a tap.
@@ -412,13 +451,18 @@ fn bridge(host: &HostInner, spec: &NetworkSpec) -> Result<()> {
     let (plan, mtu) = (host.options.plan, spec.mtu);
     let gateway = plan.gateway();
     let mut lines = Vec::new();
-    if device(&devices(&["-j", "link", "show"])?, BRIDGE).is_none() {
+    let there = devices(&["-j", "link", "show"])?;
+    let old = device(&there, BRIDGE);
+    if old.is_none() {
         lines.push(format!("link add {BRIDGE} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"));
     }
-    lines.push(format!("link set dev {BRIDGE} address {} mtu {mtu}", gateway.mac));
+    // Setting the address, even to what it is, makes the kernel forget all neighbours, permanent ones too.
+    if old.is_none_or(|bridge| bridge["address"] != gateway.mac.to_string()) {
+        lines.push(format!("link set dev {BRIDGE} address {}", gateway.mac));
+    }
+    lines.push(format!("link set dev {BRIDGE} mtu {mtu}"));
     lines.push(format!("addr replace {}/{} dev {BRIDGE}", gateway.ip, plan.prefix()));
     lines.push("link set dev lo up".to_owned());
-    lines.push(format!("link set dev {BRIDGE} up"));
     ip_batch("make a network's bridge", &lines)
 }
 
@@ -437,8 +481,9 @@ fn veth(host: &HostInner, spec: &NetworkSpec, path: &Path, space: &Space) -> Res
         if !whole {
             space.run(|| delete_devices(&[UPLINK]))?;
             delete_devices(&[&name])?;
-            let netns = path.display();
-            ip_batch("make a network's veth pair", &[format!("link add {name} type veth peer name {UPLINK} netns {netns}")])?;
+            let arguments =
+                ["link", "add", &name, "type", "veth", "peer", "name", UPLINK, "netns", &path.to_string_lossy()];
+            IP.run("make a network's veth pair", &arguments, "")?;
         }
         let own = device(&there, &name).map(addresses).unwrap_or_default();
         let link = match own.into_iter().find_map(Link::of_host).filter(|_| whole) {
@@ -462,10 +507,7 @@ fn veth(host: &HostInner, spec: &NetworkSpec, path: &Path, space: &Space) -> Res
         sysctl(&format!("net/ipv4/conf/{name}/route_localnet"), "1", false)?;
         ip_batch(
             "set a network's veth up",
-            &[
-                format!("addr replace {}/30 dev {name}", link.host),
-                format!("link set dev {name} mtu {} up", spec.mtu),
-            ],
+            &[format!("addr replace {}/30 dev {name}", link.host), format!("link set dev {name} mtu {} up", spec.mtu)],
         )?;
         rate(&name, spec.rate)?;
         Ok(link)
@@ -521,16 +563,13 @@ fn tunnel(host: &HostInner, spec: &NetworkSpec, path: &Path, space: &Space) -> R
         let name = format!("{}{}", rules::tunnel_prefix(&host.options.tag), spec.name);
         host.space.run(|| {
             delete_devices(&[&name])?;
-            ip_batch(
-                "make a network's tunnel",
-                &[
-                    format!(
-                        "link add {name} type vxlan id {} local {} dstport {} nolearning ttl 64",
-                        spec.vni, options.local, options.port
-                    ),
-                    format!("link set dev {name} netns {} name {TUNNEL}", path.display()),
-                ],
-            )
+            let line = format!(
+                "link add {name} type vxlan id {} local {} dstport {} nolearning ttl 64",
+                spec.vni, options.local, options.port
+            );
+            ip_batch("make a network's tunnel", &[line])?;
+            let arguments = ["link", "set", "dev", &name, "netns", &path.to_string_lossy(), "name", TUNNEL];
+            IP.run("move a network's tunnel to it", &arguments, "").map(drop)
         })?;
     }
     space.run(|| {
@@ -607,17 +646,20 @@ impl Network {
         let rivals: Vec<_> = members
             .admitted
             .iter()
-            .filter(|(at, who)| at.as_str() == tap && **who != member || at.as_str() != tap && (who.mac == member.mac || who.ip == member.ip))
+            .filter(|(at, who)| {
+                at.as_str() == tap && **who != member
+                    || at.as_str() != tap && (who.mac == member.mac || who.ip == member.ip)
+            })
             .map(|(at, who)| (at.clone(), *who))
             .collect();
+        if let Some((_, who)) = rivals.iter().find(|(at, _)| at != tap && inner.index(at).is_ok()) {
+            return Err(Error::BadValue {
+                what: "admitted at two taps",
+                value: who.to_string(),
+                remedy: "expel it from the other tap before",
+            });
+        }
         for (at, who) in rivals {
-            if at != tap && inner.index(&at).is_ok() {
-                return Err(Error::BadValue {
-                    what: "admitted at two taps",
-                    value: who.to_string(),
-                    remedy: "expel it from the other tap before",
-                });
-            }
             inner.forget(&at, who)?;
             members.admitted.remove(&at);
         }
@@ -634,6 +676,8 @@ impl Network {
     }
 
     /// Takes back what [`Network::admit`] gave. No error when it is gone, or the tap is.
+    ///
+    /// The next [`Network::admit`] of any network may wait some milliseconds until the kernel has freed what this took away.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -823,7 +867,12 @@ impl Network {
             responder.set(terms);
             return Ok(());
         }
-        let tap = inner.tap(DHCP, false, PortFlags { broadcasts: true, ..PortFlags::default() })?;
+        let failed = |source: io::Error| Error::kernel(format!("serve DHCP in the network {}", inner.name), source);
+        let own_tap = locked(&inner.own_tap).as_ref().map(OwnedFd::try_clone).transpose().map_err(failed)?;
+        let tap = own_tap.ok_or_else(|| Error::Gone { name: inner.name.clone() })?;
+        let index = inner.index(DHCP).map_err(|errno| failed(errno.into()))?;
+        let flags = PortFlags { broadcasts: true, ..PortFlags::default() };
+        inner.route.send_all(vec![Message::port_flags(index, flags)]).map_err(failed)?;
         *dhcp = Some(Responder::start(&inner.name, tap, terms, Arc::clone(&inner.members))?);
         Ok(())
     }
@@ -840,10 +889,9 @@ impl Network {
     pub fn counters(&self) -> Result<Counters> {
         self.inner.alive()?;
         let count = |name| {
-            self.inner
-                .filter
-                .counter(TABLE, name)
-                .map_err(|source| Error::kernel(format!("read the counters of the network {}", self.inner.name), source))
+            self.inner.filter.counter(TABLE, name).map_err(|source| {
+                Error::kernel(format!("read the counters of the network {}", self.inner.name), source)
+            })
         };
         Ok(Counters { dropped: count("dropped")?, storm: count("storm")?, remote_dropped: count("remote_dropped")? })
     }

@@ -231,7 +231,9 @@ pub(crate) fn routing(plan: AddressPlan, egress: &Egress, published: &[Published
         Egress::List(list) => {
             for (network, port) in list {
                 let _ = match port {
-                    Some(port) => writeln!(out, "ip daddr {network} meta l4proto {{ tcp, udp }} th dport {port} accept"),
+                    Some(port) => {
+                        writeln!(out, "ip daddr {network} meta l4proto {{ tcp, udp }} th dport {port} accept")
+                    }
                     None => writeln!(out, "ip daddr {network} accept"),
                 };
             }

@@ -124,6 +124,14 @@ impl Control {
         ThawAck { ok: error.is_none(), error }
     }
 
+    /// Lets all run that is frozen, also while a request works: so that it can end.
+    pub(crate) fn thaw_to_end(&self) {
+        self.call_off();
+        if let Err(error) = self.freezer.thaw() {
+            eprintln!("ramet-agent: {error}");
+        }
+    }
+
     pub(crate) fn release(&self, request: &Release, ticket: Ticket) -> ReleaseAck {
         let _working = lock(&self.working);
         let mut errors = Vec::new();

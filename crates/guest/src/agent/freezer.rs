@@ -1,6 +1,8 @@
 //! The freezer: control groups (version 2) with all that runs in the guest, except the init process, the agent, and
 //! what the agent runs for itself.
 //!
+//! The kernel's own threads go on: so an open connection still acknowledges what it gets.
+//!
 //! Without systemd the agent makes the groups itself: `ramet-agent` for itself, `ramet-exec` for the host's commands,
 //! `ramet-apps` for all else, since what is in the root group cannot be frozen. With systemd the agent is in a slice of
 //! its own, `ramet.slice`, and only the host's commands are moved.
@@ -14,7 +16,8 @@ use std::time::{Duration, Instant};
 
 /// `CGROUP2_SUPER_MAGIC` of <linux/magic.h>.
 const CGROUP2: u64 = 0x6367_7270;
-/// Groups that are never frozen: systemd itself (and D-Bus with it cannot be told apart), and the agent.
+/// Groups that are never frozen: systemd itself, and the agent. All slices else are frozen as a whole, so that also
+/// services that systemd starts meanwhile stand still.
 const SPARED: [&str; 3] = ["init.scope", "ramet.slice", "ramet-agent"];
 const EXEC: &str = "ramet-exec";
 const APPS: &str = "ramet-apps";
@@ -166,7 +169,7 @@ fn gather(root: &Path) {
     let to = root.join(APPS).join("cgroup.procs");
     let mut tried = HashSet::new();
     // What is moved may have had children in the meantime.
-    loop {
+    for _ in 0..10 {
         let list = std::fs::read_to_string(root.join("cgroup.procs")).unwrap_or_default();
         let new: Vec<&str> = list.lines().filter(|pid| *pid != "1" && !tried.contains(*pid)).collect();
         if new.is_empty() {

@@ -1,4 +1,7 @@
 //! Programs of the machine's owner that run before a checkpoint (the write barrier) and in a new clone.
+//!
+//! A hook that ends well may leave children behind; what these write to the hook's output after its end is lost, and
+//! ends them as any broken pipe does. So a hook that starts a service gives it an output of its own.
 
 use crate::child;
 use ramet_guest::protocol::{GuestId, HookResult, MAX_HOOK_OUTPUT, MAX_HOOKS};

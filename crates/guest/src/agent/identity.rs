@@ -166,7 +166,7 @@ pub(crate) fn show(paths: &Paths, json: bool) -> ExitCode {
         print!("{text}");
         return ExitCode::SUCCESS;
     }
-    match serde_json::from_str::<GuestId>(&text) {
+    match serde_json::from_slice::<GuestId>(text.as_bytes()) {
         Ok(id) => {
             println!("name        {}", id.name);
             println!("clone       {}", id.clone_number);

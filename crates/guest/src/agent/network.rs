@@ -3,7 +3,7 @@
 
 use crate::netlink::{Message, Netlink, PUT, attributes, u32_at};
 use crate::paths::{Paths, replace};
-use ramet_guest::protocol::NicIdentity;
+use ramet_guest::protocol::{NicIdentity, from_hex};
 use rustix::io::Errno;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -190,8 +190,8 @@ fn parse_mac(text: &str) -> Option<Mac> {
     let mut mac = [0; 6];
     let mut parts = text.split(':');
     for byte in &mut mac {
-        let part = parts.next()?;
-        *byte = if part.len() == 2 { u8::from_str_radix(part, 16).ok()? } else { return None };
+        let &[value] = from_hex(parts.next()?)?.as_slice() else { return None };
+        *byte = value;
     }
     // The lowest bit of the first byte is for groups.
     (parts.next().is_none() && mac[0] & 1 == 0).then_some(mac)
@@ -427,4 +427,93 @@ fn kill_some(netlink: &mut Netlink, family: u8, protocol: u8, states: u32, addre
         }
     }
     Ok(killed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn nics_are_counted_in_the_order_of_their_pci_addresses() {
+        let dir = tempfile::tempdir().unwrap();
+        let class = dir.path().join("class");
+        for (name, device, driver) in [
+            ("lo", None, ""),
+            ("eth0", Some("pci0000:00/0000:00:10.0/virtio1"), "virtio_net"),
+            ("eth1", Some("pci0000:00/0000:00:03.0/virtio7"), "virtio_net"),
+            ("wlan0", Some("pci0000:00/0000:00:01.0"), "other"),
+            // Behind a root port of q35.
+            ("ens1", Some("pci0000:00/0000:00:02.0/0000:01:00.0/virtio3"), "virtio_net"),
+        ] {
+            std::fs::create_dir_all(class.join(name)).unwrap();
+            let Some(device) = device else { continue };
+            let (device, driver) = (dir.path().join(device), dir.path().join("drivers").join(driver));
+            std::fs::create_dir_all(&device).unwrap();
+            std::fs::create_dir_all(&driver).unwrap();
+            symlink(&driver, device.join("driver")).unwrap();
+            symlink(&device, class.join(name).join("device")).unwrap();
+        }
+        assert_eq!(virtio_nics(&class).unwrap(), ["eth1", "eth0", "ens1"]);
+        // Without PCI: ten comes after nine.
+        let place = |path: &str| place(Path::new(path));
+        assert!(place("/sys/devices/platform/virtio9") < place("/sys/devices/platform/virtio10"));
+    }
+
+    #[test]
+    fn macs_are_read_strictly() {
+        assert_eq!(parse_mac("02:00:aB:00:00:ff"), Some([2, 0, 0xab, 0, 0, 0xff]));
+        for bad in
+            ["", "02:00:00:00:00", "02:00:00:00:00:00:00", "2:0:0:0:0:0", "02:00:00:00:00:+1", "01:00:00:00:00:00"]
+        {
+            assert_eq!(parse_mac(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn prefixes_of_any_length() {
+        let nic = |ip: &str, prefix| NicIdentity {
+            mac: "02:00:00:00:00:01".into(),
+            ip: ip.into(),
+            prefix,
+            ..NicIdentity::default()
+        };
+        let covers =
+            |prefix, other: &str| Wanted::parse(&nic("10.1.2.3", prefix)).unwrap().covers(other.parse().unwrap());
+        assert!(covers(24, "10.1.2.254") && !covers(24, "10.1.3.1"));
+        assert!(covers(32, "10.1.2.3") && !covers(32, "10.1.2.2"));
+        assert!(covers(0, "192.168.0.1"));
+        assert!(Wanted::parse(&nic("10.1.2.3", 33)).is_err());
+    }
+
+    #[test]
+    fn a_listed_socket_is_known_by_its_local_address() {
+        let mut content = [0; 72];
+        content[4..8].copy_from_slice(&[0, 80, 0x9c, 0x40]);
+        content[8..12].copy_from_slice(&[10, 0, 0, 2]);
+        let (id, local) = diag_answer(AF_INET, &content).unwrap();
+        assert_eq!((local, &id[..4]), ("10.0.0.2".parse().unwrap(), &[0, 80, 0x9c, 0x40][..]));
+        // A socket of IPv6 that talks IPv4.
+        content[8..24].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 0, 0, 2]);
+        assert_eq!(diag_answer(AF_INET6, &content).unwrap().1, local);
+        assert!(diag_answer(AF_INET, &content[..40]).is_none());
+        let request = format!("{:?}", diag_request(21, AF_INET, 6, 0x0a, &id));
+        assert!(request.contains("10, 0, 0, 2"), "{request}");
+    }
+
+    #[test]
+    fn name_servers_are_left_to_systemd_and_other_lines_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(dir.path());
+        let server = "10.0.0.1".to_owned();
+        assert!(set_dns(&paths, &[&server]).unwrap().unwrap().contains("left"), "no /etc");
+        std::fs::create_dir(dir.path().join("etc")).unwrap();
+        let path = dir.path().join("etc/resolv.conf");
+        assert_eq!(set_dns(&paths, &[&server]).unwrap(), None);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "nameserver 10.0.0.1\n");
+        assert!(set_dns(&paths, &[&"host".to_owned()]).is_err());
+        std::fs::remove_file(&path).unwrap();
+        symlink("../run/systemd/resolve/stub-resolv.conf", &path).unwrap();
+        assert!(set_dns(&paths, &[&server]).unwrap().unwrap().contains("systemd"));
+    }
 }

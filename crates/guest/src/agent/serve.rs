@@ -155,10 +155,13 @@ impl Agent {
             kind::EXEC => self.open(frame, exec::run),
             kind::FILE_PUT => self.open(frame, file::put),
             kind::FILE_GET => self.open(frame, file::get),
-            kind::SHUTDOWN => match power_off() {
-                Ok(()) => self.port.send(kind::EXIT, frame.stream, &0i32.to_le_bytes()),
-                Err(error) => self.refuse(frame.stream, &format!("cannot power off: {error}")),
-            },
+            kind::SHUTDOWN => {
+                self.control.thaw_to_end();
+                match power_off() {
+                    Ok(()) => self.port.send(kind::EXIT, frame.stream, &0i32.to_le_bytes()),
+                    Err(error) => self.refuse(frame.stream, &format!("cannot power off: {error}")),
+                }
+            }
             kind::DATA | kind::EOF | kind::SIGNAL | kind::CREDIT | kind::RESIZE => self.feed(frame),
             other if other < 0x80 => self.refuse(
                 frame.stream,

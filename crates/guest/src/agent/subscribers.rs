@@ -18,10 +18,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Most subscribers, of both kinds together; also most open connections.
 const MOST: usize = 1024;
+/// How long a program waits for the agent to be there.
+const BOOT: Duration = Duration::from_secs(30);
 /// Most bytes of a line.
 const LINE: usize = 1024;
 
@@ -200,7 +202,19 @@ fn has_hung_up(stream: &UnixStream) -> bool {
 }
 
 fn subscribe(paths: &Paths, to: &str) -> io::Result<BufReader<UnixStream>> {
-    let mut stream = UnixStream::connect(paths.socket())?;
+    let begun = Instant::now();
+    // Programs of the boot may be sooner than the agent.
+    let mut stream = loop {
+        match UnixStream::connect(paths.socket()) {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+                    && begun.elapsed() < BOOT =>
+            {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            other => break other?,
+        }
+    };
     let wanted = Subscription { subscribe: Some(to.to_owned()), unsubscribe: false };
     let mut line = serde_json::to_vec(&wanted)?;
     line.push(b'\n');
@@ -208,7 +222,7 @@ fn subscribe(paths: &Paths, to: &str) -> io::Result<BufReader<UnixStream>> {
     let mut reader = BufReader::with_capacity(LINE, stream);
     let mut answer = String::new();
     reader.read_line(&mut answer)?;
-    let answer: SubscriptionAck = serde_json::from_str(&answer)?;
+    let answer: SubscriptionAck = serde_json::from_slice(answer.as_bytes())?;
     if answer.ok { Ok(reader) } else { Err(io::Error::other(answer.error.unwrap_or_default())) }
 }
 
