@@ -1,5 +1,7 @@
 //! Networks on the real kernel. Needs root, `ip`, `bridge`, `tc` and `nft`. The guests are this process, at the taps' ends.
 
+#![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
+
 mod support;
 
 use std::io::ErrorKind;
@@ -209,9 +211,7 @@ fn attacks_reach_neither_a_sibling_nor_another_family() {
         attacks.push(("unknown type to all", ethernet(all, me.mac, kind, b"evil")));
         attacks.push(("unknown type over the tunnel", ethernet(far.member.mac, me.mac, kind, b"evil")));
     }
-    for frame in [&sibling, &twin, &third, &far].map(Guest::drain).concat() {
-        panic!("before all: {frame:02x?}");
-    }
+    assert_eq!([&sibling, &twin, &third, &far].map(Guest::drain).concat(), Vec::<Vec<u8>>::new(), "before all");
     let control = |when: &str| {
         assert!(evil.reaches(&sibling, b"control"), "{when}");
         assert!(evil.reaches(&far, b"control"), "{when}, over the tunnel");
@@ -325,6 +325,18 @@ fn tunnel_packets_come_from_peers_only() {
     pair.b.place.run(|| inject(None, pair.b.address, &right));
     pair.b.place.run(|| inject(None, Ipv4Addr::LOCALHOST, &right));
     assert!(!arrives(), "from the host itself");
+
+    // A program of the true peer, as root and as somebody else.
+    let file = pair.a.directory.path().join("packet");
+    std::fs::write(&file, &right).unwrap();
+    let as_user = |user: u32| {
+        pair.a.place.run(|| {
+            let script = format!("exec 3>/dev/udp/{}/4789; cat <&4 >&3 || true", pair.b.address);
+            sh(&format!("setpriv --reuid={user} --clear-groups bash -c '{script}' 4<{}", file.display()));
+        });
+        arrives()
+    };
+    assert_eq!([as_user(0), as_user(65534)], [true, false]);
 
     // The true peer, with what is not its members'.
     let other = pair.a.net.plan().member(9, 9).unwrap();
