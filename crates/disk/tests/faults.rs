@@ -281,6 +281,35 @@ fn nothing_is_left_after_a_drop_or_an_end() {
     assert_eq!(world.a.status(disk).size, 8 * MIB);
 }
 
+/// A tmpfs, unmounted in the end.
+struct Tmpfs(PathBuf);
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn without_room_for_the_cache_readers_wait() {
+    let world = World::new(8 * MIB, 8 * MIB, 1, 9);
+    let small = Tmpfs(world.dir.path().join("small"));
+    std::fs::create_dir(&small.0).unwrap();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=4m", "ramet-test"]).arg(&small.0).status();
+    if !mounted.unwrap().success() {
+        eprintln!("SKIPPED: mounting a tmpfs needs root");
+        return;
+    }
+    let c = world.process("small/c", world.family);
+    let unknown = ExtentMap::uniform(8 * MIB, Kind::Data).unwrap();
+    let socket = c.add_remote(world.disk, &unknown, None, &[world.a.address()]);
+    let reader = Reader::start(&world, &socket, Duration::ZERO);
+    let stalled = soon("it is stalled", || c.status(world.disk).stalled);
+    assert!(stalled.reason.contains("room"), "{stalled:?}");
+    run(Command::new("mount").args(["-o", "remount,size=64m"]).arg(&small.0));
+    assert_eq!(reader.end(), 0);
+}
+
 #[test]
 fn an_idle_export_ends_and_comes_back() {
     let dir = tempfile::tempdir().unwrap();
