@@ -26,6 +26,8 @@ use std::{
 const BACKOFF: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
 /// How often a connection without requests is looked at.
 const IDLE: Duration = Duration::from_secs(1);
+/// Bytes of requests that may be sent without anybody reading the answers.
+const MANY: usize = 32 << 10;
 /// Most bytes of pages that came packed and are written together.
 const UNPACKED: usize = 256 << 10;
 
@@ -296,7 +298,19 @@ impl Upstream {
             state.link = Some(sender.clone());
             state.progress = Some(Instant::now());
         }
-        sender.send(&frames)?;
+        // A source that answers while it is still being asked must find a reader.
+        if frames.len() > MANY {
+            let sender = sender.clone();
+            let ask = move || {
+                if sender.send(&frames).is_err() {
+                    sender.close();
+                }
+            };
+            let spawned = std::thread::Builder::new().name("ask-again".into()).spawn(ask);
+            spawned.map_err(|source| StreamError::Io { what: "starting a thread", source })?;
+        } else {
+            sender.send(&frames)?;
+        }
         let step = (self.config.silent / 4).min(IDLE);
         loop {
             let received = receiver.recv_timeout(step)?;

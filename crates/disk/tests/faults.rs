@@ -12,6 +12,7 @@ use ramet_disk::{
 use ramet_memory::{FamilyId, PageIndex, page_checksum};
 use ramet_wire::{Frame, LayerStatus, Listener, Message, Options, PagesWriter, frame::VERSION};
 use std::{
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
     sync::{
@@ -228,6 +229,11 @@ fn nothing_is_left_after_a_drop_or_an_end() {
     let (mut world, socket) = world(7);
     world.compare(&socket);
     assert_eq!((world.a.exports(), world.b.exports()), (1, 0));
+    // QEMU's user may connect to the disk, and to nothing else.
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&socket), mode(&world.b.dir)), (0o666, 0o711));
+    assert_eq!((mode(&world.b.dir.join("control.sock")), mode(&world.b.dir.join("cache"))), (0o600, 0o700));
+
     // Its export is killed: the next read starts another.
     let before = world.a.status(world.disk).export_pid.unwrap();
     run(Command::new("kill").args(["-9", &before.to_string()]));
