@@ -8,7 +8,11 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Mutex, OnceLock, mpsc},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
     time::{Duration, Instant},
 };
 
@@ -25,11 +29,14 @@ pub struct Export {
     chain: Mutex<ChainPaths>,
     socket: PathBuf,
     log: PathBuf,
+    /// Of the daemon that runs, else 0: known also while one is being started.
+    pid: Arc<AtomicU32>,
     running: Mutex<Running>,
 }
 
 #[derive(Debug, Default)]
 struct Running {
+    pid: Arc<AtomicU32>,
     child: Option<Child>,
     /// Counts daemons: a connection to an earlier one is of no use.
     number: u64,
@@ -44,7 +51,9 @@ impl Export {
     #[must_use]
     pub fn new(disk: DiskId, chain: ChainPaths, stem: &Path) -> Self {
         let (socket, log) = (stem.with_extension("qsd"), stem.with_extension("qsd-log"));
-        Self { name: disk.to_string(), chain: Mutex::new(chain), socket, log, running: Mutex::default() }
+        let pid = Arc::<AtomicU32>::default();
+        let running = Running { pid: pid.clone(), ..Running::default() };
+        Self { name: disk.to_string(), chain: Mutex::new(chain), socket, log, pid, running: Mutex::new(running) }
     }
 
     /// The chain.
@@ -66,7 +75,7 @@ impl Export {
     /// The daemon's process, while one runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
-        crate::lock(&self.running).child.as_ref().map(Child::id)
+        Some(self.pid.load(Ordering::Acquire)).filter(|&pid| pid != 0)
     }
 
     /// Reads whole pages. What lies past the end of the disk is zero.
@@ -133,7 +142,9 @@ impl Export {
         let mut running = crate::lock(&self.running);
         if !running.alive() {
             running.stop();
-            running.child = Some(self.spawn()?);
+            let child = self.spawn()?;
+            self.pid.store(child.id(), Ordering::Release);
+            running.child = Some(child);
             running.number += 1;
             if let Err(err) = self.wait_up(&mut running) {
                 running.stop();
@@ -208,6 +219,7 @@ impl Running {
             let _ = child.kill();
             let _ = child.wait();
         }
+        self.pid.store(0, Ordering::Release);
     }
 }
 

@@ -26,6 +26,10 @@ use std::{
 const BACKOFF: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
 /// How often a connection without requests is looked at.
 const IDLE: Duration = Duration::from_secs(1);
+/// Bytes of requests that may be sent without anybody reading the answers.
+const MANY: usize = 32 << 10;
+/// Most bytes of pages that came packed and are written together.
+const UNPACKED: usize = 256 << 10;
 
 /// What all upstreams of a process have in common.
 #[derive(Debug, Clone)]
@@ -294,7 +298,19 @@ impl Upstream {
             state.link = Some(sender.clone());
             state.progress = Some(Instant::now());
         }
-        sender.send(&frames)?;
+        // A source that answers while it is still being asked must find a reader.
+        if frames.len() > MANY {
+            let sender = sender.clone();
+            let ask = move || {
+                if sender.send(&frames).is_err() {
+                    sender.close();
+                }
+            };
+            let spawned = std::thread::Builder::new().name("ask-again".into()).spawn(ask);
+            spawned.map_err(|source| StreamError::Io { what: "starting a thread", source })?;
+        } else {
+            sender.send(&frames)?;
+        }
         let step = (self.config.silent / 4).min(IDLE);
         loop {
             let received = receiver.recv_timeout(step)?;
@@ -325,10 +341,17 @@ impl Upstream {
             self.damaged.fetch_add(1, Ordering::Relaxed);
             StreamError::Wire(err)
         };
+        // Neighbours that came packed are written with one call.
+        let (mut begin, mut unpacked) = (0, Vec::new());
         for part in pages.runs() {
             let first = part.pages.start.0;
             if first < run.start || part.pages.end().0 > run.start + run.pages {
                 return Err(refused("it sent pages that were not asked for"));
+            }
+            let next = begin + (unpacked.len() / PAGE_SIZE) as u64;
+            if !unpacked.is_empty() && (part.encoding != Encoding::Lz4 || first != next || unpacked.len() >= UNPACKED) {
+                sink.store(begin, &unpacked).map_err(room)?;
+                unpacked.clear();
             }
             match part.encoding {
                 Encoding::Raw => {
@@ -340,17 +363,22 @@ impl Upstream {
                     sink.zero(first, part.pages.len).map_err(room)?;
                 }
                 Encoding::Lz4 => {
-                    // Neighbours are written with one call.
-                    let mut bytes = vec![0; part.pages.len as usize * PAGE_SIZE];
-                    for (entry, page) in part.entries().zip(bytes.as_chunks_mut::<PAGE_SIZE>().0) {
-                        entry.decompress_into(layer, page).map_err(damaged)?;
+                    for entry in part.entries() {
+                        if unpacked.is_empty() {
+                            begin = entry.page.0;
+                        }
+                        let mut page = [0; PAGE_SIZE];
+                        entry.decompress_into(layer, &mut page).map_err(damaged)?;
+                        unpacked.extend_from_slice(&page);
                     }
-                    sink.store(first, &bytes).map_err(room)?;
                 }
                 Encoding::Absent => {
                     return Err(refused(&format!("it does not hold the disk's bytes from {}", first * PAGE)));
                 }
             }
+        }
+        if !unpacked.is_empty() {
+            sink.store(begin, &unpacked).map_err(room)?;
         }
         let mut state = crate::lock(&self.state);
         state.progress = Some(Instant::now());

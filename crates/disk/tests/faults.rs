@@ -12,6 +12,7 @@ use ramet_disk::{
 use ramet_memory::{FamilyId, PageIndex, page_checksum};
 use ramet_wire::{Frame, LayerStatus, Listener, Message, Options, PagesWriter, frame::VERSION};
 use std::{
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
     sync::{
@@ -228,6 +229,11 @@ fn nothing_is_left_after_a_drop_or_an_end() {
     let (mut world, socket) = world(7);
     world.compare(&socket);
     assert_eq!((world.a.exports(), world.b.exports()), (1, 0));
+    // QEMU's user may connect to the disk, and to nothing else.
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&socket), mode(&world.b.dir)), (0o666, 0o711));
+    assert_eq!((mode(&world.b.dir.join("control.sock")), mode(&world.b.dir.join("cache"))), (0o600, 0o700));
+
     // Its export is killed: the next read starts another.
     let before = world.a.status(world.disk).export_pid.unwrap();
     run(Command::new("kill").args(["-9", &before.to_string()]));
@@ -279,6 +285,35 @@ fn nothing_is_left_after_a_drop_or_an_end() {
     assert_eq!(exports(&world.a.dir), 0);
     world.a.restart();
     assert_eq!(world.a.status(disk).size, 8 * MIB);
+}
+
+/// A tmpfs, unmounted in the end.
+struct Tmpfs(PathBuf);
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn without_room_for_the_cache_readers_wait() {
+    let world = World::new(8 * MIB, 8 * MIB, 1, 9);
+    let small = Tmpfs(world.dir.path().join("small"));
+    std::fs::create_dir(&small.0).unwrap();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=4m", "ramet-test"]).arg(&small.0).status();
+    if !mounted.unwrap().success() {
+        eprintln!("SKIPPED: mounting a tmpfs needs root");
+        return;
+    }
+    let c = world.process("small/c", world.family);
+    let unknown = ExtentMap::uniform(8 * MIB, Kind::Data).unwrap();
+    let socket = c.add_remote(world.disk, &unknown, None, &[world.a.address()]);
+    let reader = Reader::start(&world, &socket, Duration::ZERO);
+    let stalled = soon("it is stalled", || c.status(world.disk).stalled);
+    assert!(stalled.reason.contains("room"), "{stalled:?}");
+    run(Command::new("mount").args(["-o", "remount,size=64m"]).arg(&small.0));
+    assert_eq!(reader.end(), 0);
 }
 
 #[test]

@@ -77,7 +77,10 @@ const SSH_KEYS: &str = "[Service]\nExecStartPre=\n\
 
 impl ImageStore {
     /// Builds a Debian image with a disk of `size` bytes. Takes a minute or so; `progress` is told of every step.
-    /// The same packages, files and agent give the same disk, as far as the packages' own scripts do.
+    /// The same packages, files and agent under the same name give the same disk on every host: times are those of the
+    /// newest package, the file system's identifiers come from the contents. Not so for packages that make something
+    /// random of their own while they are installed, such as keys or databases; host keys of `openssh-server` are left
+    /// out, and made when a guest first starts it.
     ///
     /// # Errors
     /// Names what is missing; nothing half-made stays behind, and an older image of the name stays as it was.

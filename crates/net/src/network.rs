@@ -112,7 +112,8 @@ pub struct Counters {
 
 /// One family's network on this host. Clones of it are the same; the DHCP responder ends with the last.
 ///
-/// Dropping it removes nothing from the kernel: [`crate::HostNet::remove`] does.
+/// Dropping it removes nothing from the kernel: [`crate::HostNet::remove`] does. It holds up to 20 descriptors, besides those
+/// of taps.
 #[derive(Clone, Debug)]
 pub struct Network {
     inner: Arc<Inner>,
@@ -169,7 +170,7 @@ pub(crate) struct Inner {
     name: String,
     mtu: u16,
     host: Arc<HostInner>,
-    space: Space,
+    space: Arc<Space>,
     link: Link,
     route: Socket,
     filter: Socket,
@@ -177,7 +178,7 @@ pub(crate) struct Inner {
     control: OwnedFd,
     bridge: u32,
     tunnel: Option<u32>,
-    tuns: Mutex<Vec<OwnedFd>>,
+    tuns: Arc<Mutex<Vec<OwnedFd>>>,
     members: Arc<Mutex<Members>>,
     /// The port for the DHCP responder. Kept open also without one, so that the bridge always has a port in use.
     own_tap: Mutex<Option<OwnedFd>>,
@@ -288,14 +289,14 @@ impl Inner {
                 name: spec.name.clone(),
                 mtu: spec.mtu,
                 host: Arc::clone(host),
-                space: Space::current()?,
+                space: Arc::new(Space::current()?),
                 link,
                 route,
                 filter: Socket::filter().map_err(failed)?,
                 control,
                 bridge,
                 tunnel,
-                tuns: Mutex::default(),
+                tuns: Arc::new(Mutex::new(open_tuns()?)),
                 members: Arc::new(Mutex::new(members)),
                 own_tap: Mutex::default(),
                 dhcp: Mutex::default(),
@@ -328,17 +329,35 @@ impl Inner {
         netdevice::name_to_index(&self.control, device)
     }
 
+    /// Takes a descriptor of `/dev/net/tun` off the stock, which a thread fills again before it is empty.
+    fn tun(&self) -> Result<OwnedFd> {
+        let (tun, left) = {
+            let mut tuns = locked(&self.tuns);
+            (tuns.pop(), tuns.len())
+        };
+        if left == TUNS / 2 {
+            let (space, tuns) = (Arc::clone(&self.space), Arc::clone(&self.tuns));
+            // Without it, the one who finds the stock empty fills it.
+            let _ = thread::Builder::new().name(format!("tuns-{}", self.name)).spawn(move || {
+                if let Ok(more) = space.run(open_tuns) {
+                    locked(&tuns).extend(more);
+                }
+            });
+        }
+        if let Some(tun) = tun {
+            return Ok(tun);
+        }
+        let mut more = self.space.run(open_tuns)?;
+        let tun = more.pop();
+        locked(&self.tuns).extend(more);
+        tun.ok_or_else(|| Error::kernel("open /dev/net/tun", io::Error::from(io::ErrorKind::NotFound)))
+    }
+
     /// Makes a tap that is a port of the bridge and up.
     fn tap(&self, name: &str, vnet_header: bool, flags: PortFlags) -> Result<OwnedFd> {
         let failed =
             |source: io::Error| Error::kernel(format!("make the tap {name} of the network {}", self.name), source);
-        let fd = {
-            let mut tuns = locked(&self.tuns);
-            if tuns.is_empty() {
-                *tuns = self.space.run(open_tuns)?;
-            }
-            tuns.pop().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?
-        };
+        let fd = self.tun()?;
         sys::attach_tap(&fd, name, vnet_header).map_err(failed)?;
         let index = self.index(name).map_err(|errno| failed(errno.into()))?;
         self.route

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::net::Ipv4Addr;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -206,12 +206,13 @@ impl Guest {
         loop {
             match (&self.file).read(&mut buffer) {
                 Ok(length) => return Some(buffer[HEADER..length].to_vec()),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(error) => panic!("{error}"),
             }
             let left = end.checked_duration_since(Instant::now())?;
             let wait = Timespec { tv_sec: 0, tv_nsec: i64::try_from(left.as_nanos().min(500_000_000)).unwrap() };
-            poll(&mut [PollFd::new(&self.file, PollFlags::IN)], Some(&wait)).unwrap();
+            // Interrupted or not: looked at again.
+            let _ = poll(&mut [PollFd::new(&self.file, PollFlags::IN)], Some(&wait));
         }
     }
 
@@ -324,4 +325,18 @@ pub(crate) fn tcp(mac: MacAddr, from: Member, to: Ipv4Addr, ports: (u16, u16), f
 /// A tunnel packet's payload.
 pub(crate) fn vxlan(vni: u32, frame: &[u8]) -> Vec<u8> {
     [&[8, 0, 0, 0][..], &(vni << 8).to_be_bytes(), frame].concat()
+}
+
+/// The next datagram, none if the socket's time-out passes.
+pub(crate) fn datagram(socket: &UdpSocket) -> Option<(Vec<u8>, SocketAddr)> {
+    let mut buffer = [0; 2048];
+    loop {
+        match socket.recv_from(&mut buffer) {
+            Ok((length, from)) => return Some((buffer[..length].to_vec(), from)),
+            // A wait with a time-out is not started again when the machine was stopped meanwhile.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
+            Err(error) => panic!("{error}"),
+        }
+    }
 }
