@@ -307,7 +307,11 @@ fn start(config: &Config, pager: &Pager) -> anyhow::Result<OwnedFd> {
     let log = log.with_context(|| format!("Failed to open {}", path.display()))?;
     let _ = fs::remove_file(&pager.socket);
     let mut command = Command::new(&program);
-    command.arg("--family-dir").arg(&pager.dir).arg("--control").arg(&pager.socket).arg("--host").arg(&config.name);
+    match pager.program {
+        Program::Pager => command.arg("--family-dir").arg(&pager.dir),
+        Program::Disk => command.arg("--family").arg(pager.family.to_string()).arg("--dir").arg(&pager.dir),
+    };
+    command.arg("--control").arg(&pager.socket).arg("--host").arg(&config.name);
     if let Some(listen) = config.listen
         && Files::new(config.tls()).trusted()
     {
