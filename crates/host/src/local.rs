@@ -160,19 +160,18 @@ impl Daemon {
         let attach = self.attach(&running, &vm, pager, View::Image(record.id));
         let parts = async {
             let begin = Instant::now();
-            self.give_parts(&running, false).await.map(|()| begin.elapsed())
-        };
-        let start = async {
-            match at_once {
-                Some(_) => backend::start_when_loaded(&running.process).await,
-                None => Ok(()),
+            self.give_parts(&running, false).await?;
+            let took = begin.elapsed();
+            // Not before: it makes the disk active, and what is attached to an active device must be, too.
+            if at_once.is_some() {
+                backend::start_when_loaded(&running.process).await?;
             }
+            ApiResult::Ok(took)
         };
         if let Some(wait_agent) = at_once {
             agent = agent.ask(wait_agent);
         }
-        let (attached, parts, told) = tokio::join!(attach, parts, start);
-        told?;
+        let (attached, parts) = tokio::join!(attach, parts);
         let (attached, parts) = (attached?, parts?);
         if record.spec.has_attachments() {
             clock.part("parts", us(parts));

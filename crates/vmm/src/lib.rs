@@ -124,8 +124,8 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`VmmError`]; the guest runs on. [`VmProcess::disk_node`] tells whether it writes to the new overlay.
     async fn save_state(&self, next: Option<&Path>) -> Result<SavedState, VmmError>;
-    /// Has the CPUs of a VM that waits for a state start by themselves once it is loaded. Asked for beforehand, that costs
-    /// no time between the two.
+    /// Has the CPUs of a VM that waits for a state, and has its disk, start by themselves once the state is loaded. Asked
+    /// for beforehand, that costs no time between the two.
     ///
     /// # Errors
     /// [`VmmError`].

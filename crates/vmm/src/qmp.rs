@@ -147,6 +147,7 @@ impl Qmp {
         if !arguments.is_null() {
             object["arguments"] = arguments;
         }
+        tracing::trace!(%object, "to QEMU");
         let mut line = object.to_string().into_bytes();
         line.push(b'\n');
         let (tell, answer) = oneshot::channel();
