@@ -314,6 +314,9 @@ pub struct IdentityStep {
     /// What is worth knowing although nothing went wrong, for example why it was not needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remark: Option<String>,
+    /// Microseconds since the step before ended, by the guest's monotonic clock.
+    #[serde(default)]
+    pub us: u64,
 }
 
 /// Make ready for a checkpoint: hooks, then `sync`, then the freezer. If one fails, all that was frozen is thawed.

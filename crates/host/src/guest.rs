@@ -158,6 +158,8 @@ impl Daemon {
             kill_sockets: clone,
         };
         let answer = client.with_limit(limit).identity(&identity).await.map_err(|e| agent_failed(&vm.name, &e))?;
+        let steps: Vec<_> = answer.steps.iter().map(|step| format!("{} {}", step.name, step.us)).collect();
+        tracing::debug!(vm = %vm.id, steps = steps.join(", "), "took its identity up (steps in us)");
         if !answer.reseeded && options.allow_unseeded {
             tracing::warn!(vm = %vm.id, "released without fresh entropy, as it was asked for");
         } else if !answer.ok {

@@ -20,7 +20,8 @@ const KERNELS: [&str; 3] = ["linux-image-cloud-amd64", "linux-image-virtual", "l
 /// Modules that are loaded while booting.
 const BOOT_MODULES: [&str; 3] = ["virtio_pci", "virtio_console", "vmgenid"];
 /// Modules that are there for `modprobe`.
-const MORE_MODULES: [&str; 6] = ["virtio_net", "virtio_blk", "virtio_rng", "ext4", "overlay", "af_packet"];
+const MORE_MODULES: [&str; 8] =
+    ["virtio_net", "virtio_blk", "virtio_rng", "ext4", "overlay", "af_packet", "tcp_diag", "udp_diag"];
 /// What packages have and a guest without people reading in it does not need.
 const LEFT_OUT: [&str; 8] = [
     "usr/share/doc",

@@ -31,8 +31,18 @@ const ROOT: &str = "root=/dev/vda rw rootfstype=ext4 net.ifnames=0 systemd.show_
 /// Packages of every guest, besides those that Debian cannot be without.
 const BASE: [&str; 5] = ["systemd-sysv", "iproute2", "kmod", "netbase", "procps"];
 /// Modules that are loaded before there is a root. Those that nobody needs for a root are here since there is no udev.
-const BOOT_MODULES: [&str; 7] =
-    ["virtio_pci", "virtio_blk", "ext4", "virtio_console", "virtio_net", "virtio_rng", "vmgenid"];
+/// With the last two, which the kernel would load when a clone ends its parent's connections, no clone has to.
+const BOOT_MODULES: [&str; 9] = [
+    "virtio_pci",
+    "virtio_blk",
+    "ext4",
+    "virtio_console",
+    "virtio_net",
+    "virtio_rng",
+    "vmgenid",
+    "tcp_diag",
+    "udp_diag",
+];
 /// systemd starts each of these programs while it boots; none of them has anything to find.
 const GENERATORS: [&str; 11] = [
     "bless-boot",

@@ -12,6 +12,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use std::fs::File;
 use std::io;
 use std::process::ExitCode;
+use std::time::Instant;
 
 /// The answer to what is no identity.
 pub(crate) fn not_understood(error: &serde_json::Error) -> IdentityAck {
@@ -19,8 +20,8 @@ pub(crate) fn not_understood(error: &serde_json::Error) -> IdentityAck {
 }
 
 /// The steps of an identity, as they are done.
-#[derive(Debug, Default)]
-struct Steps(Vec<IdentityStep>);
+#[derive(Debug)]
+struct Steps(Vec<IdentityStep>, Instant);
 
 impl Steps {
     /// Notes one, and gives whether it is done.
@@ -31,7 +32,9 @@ impl Steps {
             Err(error) => (None, Some(error.to_string())),
         };
         let [remark, error] = [remark, error].map(|text| text.map(|text| clip(&text)));
-        self.0.push(IdentityStep { name: name.into(), ok, error, remark });
+        let us = u64::try_from(self.1.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.1 = Instant::now();
+        self.0.push(IdentityStep { name: name.into(), ok, error, remark, us });
         ok
     }
 
@@ -51,7 +54,7 @@ impl Steps {
 /// Takes on an identity.
 pub(crate) fn take(control: &Control, identity: &Identity) -> IdentityAck {
     let paths = &control.paths;
-    let mut steps = Steps::default();
+    let mut steps = Steps(Vec::new(), Instant::now());
     let reseeded = steps.note("reseed", reseed(&identity.entropy).map(|()| None));
     if identity.realtime_ns > 0 {
         steps.note("clock", set_clock(identity.realtime_ns).map(|()| None));
@@ -276,18 +279,18 @@ mod tests {
 
     #[test]
     fn one_failed_step_makes_the_whole_not_ok() {
-        let mut steps = Steps::default();
+        let mut steps = Steps(Vec::new(), Instant::now());
         assert!(steps.note("a", Ok(Some("as it was".into()))));
         assert!(!steps.note("b", Err(io::ErrorKind::NotFound.into())));
         let ack = steps.into_ack(true);
         assert!(!ack.ok && ack.reseeded && ack.error.unwrap().starts_with("b: "));
         assert_eq!(ack.steps[0].remark.as_deref(), Some("as it was"));
-        assert!(Steps::default().into_ack(false).ok);
+        assert!(Steps(Vec::new(), Instant::now()).into_ack(false).ok);
     }
 
     #[test]
     fn an_answer_about_very_many_interfaces_fits_into_a_frame() {
-        let mut steps = Steps::default();
+        let mut steps = Steps(Vec::new(), Instant::now());
         for _ in 0..1000 {
             steps.note("x", Err(io::Error::other("\u{1}".repeat(2000))));
         }
