@@ -3,9 +3,12 @@
 
 use crate::freezer::Freezer;
 use crate::hooks::{self, Run};
+use crate::names;
 use crate::paths::Paths;
 use crate::subscribers::Subscribers;
-use ramet_guest::protocol::{Freeze, FreezeAck, GuestId, HookResult, MAX_PAYLOAD, Release, ReleaseAck, ThawAck};
+use ramet_guest::protocol::{
+    Freeze, FreezeAck, GuestId, HookResult, Identity, MAX_PAYLOAD, Release, ReleaseAck, ThawAck,
+};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,6 +27,8 @@ pub(crate) struct Control {
     freezer: Freezer,
     subscribers: Arc<Subscribers>,
     who: Mutex<Option<GuestId>>,
+    /// Whose names are still to be written to files.
+    unwritten: Mutex<Option<Identity>>,
     /// Held by the request that works.
     working: Mutex<()>,
     /// Number of requests that end a freeze.
@@ -46,7 +51,7 @@ impl Control {
         // An agent that was started again knows who it is from the file.
         let known = std::fs::read(paths.id()).ok().and_then(|json| serde_json::from_slice(&json).ok());
         let (who, working) = (Mutex::new(known), Mutex::default());
-        Self { paths, freezer, subscribers, who, working, thaws: AtomicU64::new(0) }
+        Self { paths, freezer, subscribers, who, unwritten: Mutex::default(), working, thaws: AtomicU64::new(0) }
     }
 
     /// The machine that this one was told to be.
@@ -57,6 +62,11 @@ impl Control {
     /// The machine is this one now.
     pub(crate) fn become_machine(&self, id: GuestId) {
         *lock(&self.who) = Some(id);
+    }
+
+    /// The names of this identity are written to files when the machine is released.
+    pub(crate) fn write_later(&self, identity: &Identity) {
+        *lock(&self.unwritten) = Some(Identity { entropy: String::new(), ..identity.clone() });
     }
 
     /// To be taken when the request comes, before its thread is started.
@@ -136,6 +146,11 @@ impl Control {
         let _working = lock(&self.working);
         let mut errors = Vec::new();
         let mut ack = ReleaseAck::default();
+        if let Some(identity) = lock(&self.unwritten).take() {
+            names::write(&self.paths, &identity, &mut |what, result| {
+                errors.extend(result.err().map(|error| format!("{what}: {error}")));
+            });
+        }
         if request.hooks {
             let run = Run { deadline: ticket.deadline, is_cancelled: &|| false, stop_at_failure: false };
             match self.hooks("clone", run) {

@@ -59,10 +59,19 @@ pub(crate) fn take(control: &Control, identity: &Identity) -> IdentityAck {
     if identity.realtime_ns > 0 {
         steps.note("clock", set_clock(identity.realtime_ns).map(|()| None));
     }
-    let nics = take_nics(paths, identity, &mut steps);
+    let before = control.who();
+    let nics = take_nics(paths, identity, before.as_ref(), &mut steps);
     names::take(paths, identity, &mut |name, result| {
         steps.note(name, result);
     });
+    // What is on disk can wait until the clone is released, and a slow disk must not keep it from its network.
+    if identity.clone_number == 0 {
+        names::write(paths, identity, &mut |name, result| {
+            steps.note(name, result);
+        });
+    } else {
+        control.write_later(identity);
+    }
     let id = guest_id(identity, reseeded, nics);
     steps.note("id", write(paths, &id).map(|()| None));
     steps.note("generation", replace(&paths.generation(), format!("{}\n", id.generation).as_bytes()).map(|()| None));
@@ -71,11 +80,16 @@ pub(crate) fn take(control: &Control, identity: &Identity) -> IdentityAck {
 }
 
 /// The network. Gives the interfaces as they are now.
-fn take_nics(paths: &Paths, identity: &Identity, steps: &mut Steps) -> Vec<GuestNic> {
+fn take_nics(paths: &Paths, identity: &Identity, before: Option<&GuestId>, steps: &mut Steps) -> Vec<GuestNic> {
     let boots = identity.clone_number == 0;
     // All are found before one is changed.
-    let found: Vec<(&NicIdentity, io::Result<String>)> =
-        identity.nics.iter().map(|nic| (nic, network::find(paths, nic, boots))).collect();
+    // Two identities in one order have the same cards in it.
+    let before: Option<&[GuestNic]> = before.map(|id| &id.nics[..]).filter(|nics| nics.len() == identity.nics.len() && !boots);
+    let mut found: Vec<(&NicIdentity, io::Result<String>)> = Vec::new();
+    for (number, nic) in identity.nics.iter().enumerate() {
+        let before = before.and_then(|nics| nics.get(number)).map(|nic| nic.name.as_str());
+        found.push((nic, network::find(paths, nic, boots, before)));
+    }
     let mut lost = Vec::new();
     let mut nics = Vec::new();
     for (nic, name) in found {

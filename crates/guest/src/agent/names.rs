@@ -6,16 +6,26 @@ use crate::paths::{Paths, replace};
 use ramet_guest::protocol::Identity;
 use rustix::process::{Pid, Signal, kill_process};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Takes on those names that the identity has. Each part is told to `step`.
+/// Takes on those names that the identity has, as far as that needs no disk. Each part is told to `step`.
 pub(crate) fn take(paths: &Paths, identity: &Identity, step: &mut dyn FnMut(&str, io::Result<Remark>)) {
     if let Some(name) = &identity.hostname {
-        step("hostname", set_hostname(paths, name));
+        step("hostname", set_hostname(name));
     }
     if let Some(id) = &identity.machine_id {
-        step("machine-id", set_machine_id(paths, id));
+        step("machine-id", set_machine_id(&paths.at("run/machine-id"), id));
+    }
+}
+
+/// Writes those names to the files that keep them. Each part is told to `step`.
+pub(crate) fn write(paths: &Paths, identity: &Identity, step: &mut dyn FnMut(&str, io::Result<Remark>)) {
+    if let Some(name) = &identity.hostname {
+        step("files of the hostname", write_hostname(paths, name));
+    }
+    if let Some(id) = &identity.machine_id {
+        step("file of the machine-id", set_machine_id(&paths.at("etc/machine-id"), id));
     }
     if identity.ssh_host_keys {
         step("ssh-host-keys", new_ssh_keys(paths));
@@ -26,17 +36,21 @@ fn invalid(text: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text.into())
 }
 
-fn set_hostname(paths: &Paths, name: &str) -> io::Result<Remark> {
+fn set_hostname(name: &str) -> io::Result<Remark> {
     let is_good = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'.';
     if name.is_empty() || name.len() > 64 || !name.bytes().all(is_good) {
         return Err(invalid(format!("{name:?} is no host name")));
     }
-    let old = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    rustix::system::sethostname(name.as_bytes())?;
+    Ok(rustix::system::sethostname(name.as_bytes()).map(|()| None)?)
+}
+
+fn write_hostname(paths: &Paths, name: &str) -> io::Result<Remark> {
+    let old = std::fs::read_to_string(paths.at("etc/hostname")).unwrap_or_default();
+    let old = old.trim();
     let written = where_writable(replace(&paths.at("etc/hostname"), format!("{name}\n").as_bytes()))?;
     let path = paths.at("etc/hosts");
     let Ok(hosts) = std::fs::read_to_string(&path) else { return Ok(written) };
-    let new = rename_in_hosts(&hosts, &old, name);
+    let new = rename_in_hosts(&hosts, old, name);
     let replaced = if new == hosts { None } else { where_writable(replace(&path, new.as_bytes()))? };
     Ok(written.or(replaced))
 }
@@ -67,17 +81,14 @@ fn rename_in_hosts(hosts: &str, old: &str, new: &str) -> String {
     text
 }
 
-fn set_machine_id(paths: &Paths, id: &str) -> io::Result<Remark> {
+fn set_machine_id(path: &Path, id: &str) -> io::Result<Remark> {
     if id.len() != 32 || !id.bytes().all(|b| b.is_ascii_digit() || matches!(b, b'a'..=b'f')) {
         return Err(invalid(format!("{id:?} is no machine id: 32 digits 0 to 9 and a to f are wanted")));
     }
-    let mut remark = Some("there is no file of it".to_owned());
-    for path in ["etc/machine-id", "run/machine-id"].map(|path| paths.at(path)) {
-        if path.exists() {
-            remark = where_writable(replace(&path, format!("{id}\n").as_bytes()))?;
-        }
+    if !path.exists() {
+        return Ok(Some("there is no file of it".to_owned()));
     }
-    Ok(remark)
+    where_writable(replace(path, format!("{id}\n").as_bytes()))
 }
 
 /// Replaces the keys by which this machine proves who it is. If that fails the old ones stay, and the step has failed.
@@ -154,16 +165,16 @@ mod tests {
     fn a_machine_id_is_written_where_there_is_one() {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::new(dir.path());
+        let file = paths.at("etc/machine-id");
         for bad in ["", "0123", &"G".repeat(32), &"A".repeat(32)] {
-            assert!(set_machine_id(&paths, bad).is_err());
+            assert!(set_machine_id(&file, bad).is_err());
         }
         let id = "0123456789abcdef0123456789abcdef";
-        assert!(set_machine_id(&paths, id).unwrap().is_some());
+        assert!(set_machine_id(&file, id).unwrap().is_some());
         std::fs::create_dir(dir.path().join("etc")).unwrap();
         std::fs::write(dir.path().join("etc/machine-id"), "old\n").unwrap();
-        assert_eq!(set_machine_id(&paths, id).unwrap(), None);
+        assert_eq!(set_machine_id(&file, id).unwrap(), None);
         assert_eq!(std::fs::read_to_string(dir.path().join("etc/machine-id")).unwrap(), format!("{id}\n"));
-        assert!(!dir.path().join("run/machine-id").exists());
         assert_eq!(std::fs::read_dir(dir.path().join("etc")).unwrap().count(), 1);
     }
 

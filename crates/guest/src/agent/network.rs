@@ -35,10 +35,14 @@ fn invalid(text: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text.into())
 }
 
-/// The name of the interface that is meant. A machine that boots (`boots`) may still be looking for its devices.
-pub(crate) fn find(paths: &Paths, nic: &NicIdentity, boots: bool) -> io::Result<String> {
+/// The name of the interface that is meant; `before`: what it was when this machine was another one. A machine that boots (`boots`) may still be looking for its devices.
+pub(crate) fn find(paths: &Paths, nic: &NicIdentity, boots: bool, before: Option<&str>) -> io::Result<String> {
     let begun = Instant::now();
     let class = paths.at("sys/class/net");
+    // A clone's cards are those of its parent, and so are their names.
+    if let Some(before) = before.filter(|name| nic.name.is_none() && class.join(name).exists()) {
+        return Ok(before.to_owned());
+    }
     loop {
         let found = match &nic.name {
             Some(name) if name.is_empty() || name.len() > 15 || name.contains('/') || name.starts_with('.') => {
@@ -320,7 +324,12 @@ fn try_take(
 
 /// The link-local address is made of the parent's MAC, and families have no IPv6.
 fn disable_ipv6(name: &str) -> io::Result<Remark> {
-    match std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1") {
+    let path = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
+    // It was switched off in the parent: looking is quicker.
+    if std::fs::read_to_string(&path).is_ok_and(|text| text.trim() == "1") {
+        return Ok(None);
+    }
+    match std::fs::write(path, "1") {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Some("this kernel has no IPv6".to_owned())),
         other => other.map(|()| None),
     }
@@ -344,7 +353,8 @@ pub(crate) fn set_dns(paths: &Paths, servers: &[&String]) -> io::Result<Remark> 
     for server in servers {
         text += &format!("nameserver {server}\n");
     }
-    where_writable(replace(&path, text.as_bytes()))
+    // A clone's are those of its parent. Writing to a disk is slow.
+    if text == before { Ok(None) } else { where_writable(replace(&path, text.as_bytes())) }
 }
 
 /// A file system that is not writable is no error, but worth a remark.
