@@ -161,7 +161,8 @@ async fn play(lab: &Lab, shard: ByteSize) -> Result<Demo> {
     let before = received(lab)?;
     say("Forking it to eight clones on three hosts");
     let clones = api::CloneRequest { hosts, wait_agent_s: 120, ..api::CloneRequest::new(CLONES) };
-    let fork = home.fork("parent", &api::ForkRequest { clones, note: Some("demo".into()), ..Default::default() }).await?;
+    let fork =
+        home.fork("parent", &api::ForkRequest { clones, note: Some("demo".into()), ..Default::default() }).await?;
     let at_answer = received(lab)?;
 
     let mut to_answer = Vec::new();

@@ -686,12 +686,16 @@ mod tests {
 
     #[test]
     fn networks_and_ports_are_understood() {
-        let Command::Run(run) = parse("ramet run web --network none -p 8080:80 -p 53:5353/udp --rate 10mbit").unwrap().command
+        let Command::Run(run) =
+            parse("ramet run web --network none -p 8080:80 -p 53:5353/udp --rate 10mbit").unwrap().command
         else {
             panic!()
         };
         assert_eq!(run.egress(), Some(Egress::None));
-        assert_eq!((run.publish[1].host_port, run.publish[1].guest_port, run.publish[1].protocol), (53, 5353, Protocol::Udp));
+        assert_eq!(
+            (run.publish[1].host_port, run.publish[1].guest_port, run.publish[1].protocol),
+            (53, 5353, Protocol::Udp)
+        );
         assert_eq!(run.rate, Some(10_000_000));
         let Command::Run(run) = parse("ramet run web --allow 10.0.0.0/8:443").unwrap().command else { panic!() };
         assert_eq!(run.egress(), Some(Egress::List(vec!["10.0.0.0/8:443".to_owned()])));

@@ -272,6 +272,9 @@ pub struct GuestId {
 /// The address of one network interface in a [`GuestId`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestNic {
+    /// See [`NicIdentity::index`].
+    #[serde(default)]
+    pub index: u32,
     /// The interface's name in the guest.
     pub name: String,
     /// See [`NicIdentity::mac`].

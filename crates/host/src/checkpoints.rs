@@ -71,14 +71,11 @@ impl Daemon {
         let begin = Instant::now();
         let vm = self.find_vm(wanted)?;
         let daemon = self.clone();
-        let taken =
-            to_the_end(
-                async move {
-                    let (image, quiesce) = (ImageId::random(), request.quiesce);
-                    daemon.take_checkpoint(vm.id, image, request.note, &quiesce, false, begin).await
-                },
-            )
-            .await?;
+        let taken = to_the_end(async move {
+            let (image, quiesce) = (ImageId::random(), request.quiesce);
+            daemon.take_checkpoint(vm.id, image, request.note, &quiesce, false, begin).await
+        })
+        .await?;
         if request.wait {
             self.wait_complete(&taken.record).await?;
         }

@@ -17,8 +17,8 @@ use std::{
 };
 
 use ramet_client::api::{
-    CloneFailure, CloneOptions, CloneRequest, CloneResponse, CloneResult, ErrorCode, ForkRequest, ForkResponse, MemberNumber,
-    PeerClone, PeerCommit, PeerDisk, VmState,
+    CloneFailure, CloneOptions, CloneRequest, CloneResponse, CloneResult, ErrorCode, ForkRequest, ForkResponse,
+    MemberNumber, PeerClone, PeerCommit, PeerDisk, VmState,
 };
 use ramet_memory::{FamilyId, ImageId, VmId};
 
@@ -343,7 +343,10 @@ impl Daemon {
                 let share = match (lease, descriptor) {
                     (Some(lease), Some(Ok(descriptor))) => {
                         let order = daemon.order(&record, lease, &clones, &terms, &descriptor.disk);
-                        daemon.make_elsewhere(&host, &record, &descriptor.bytes, order, begin).await.map_err(|e| vec![e])
+                        daemon
+                            .make_elsewhere(&host, &record, &descriptor.bytes, order, begin)
+                            .await
+                            .map_err(|e| vec![e])
                     }
                     (Some(_), Some(Err(err))) => Err(vec![err]),
                     _ => {
@@ -437,7 +440,10 @@ impl Daemon {
                 None => None,
             };
             let client = self.peers.client(&host)?;
-            client.peer_commit(&lease, &PeerCommit { lease: theirs, members: members.clone() }).await.map_err(|e| from_peer(&host, e))?;
+            client
+                .peer_commit(&lease, &PeerCommit { lease: theirs, members: members.clone() })
+                .await
+                .map_err(|e| from_peer(&host, e))?;
         }
         let ours = plan.clones.iter().filter(|c| c.host == self.config.name).count();
         self.commit_here(&plan.call, ours, plan.terms.lease.as_deref(), pending)?;

@@ -131,7 +131,8 @@ impl Config {
     /// Names the option and the remedy.
     pub fn validate(mut self) -> anyhow::Result<Self> {
         crate::names::check_host_name(&self.name).context("--name")?;
-        for path in [&mut self.state_dir, &mut self.socket, &mut self.image_dir, &mut self.bin_dir, &mut self.disk_dir] {
+        for path in [&mut self.state_dir, &mut self.socket, &mut self.image_dir, &mut self.bin_dir, &mut self.disk_dir]
+        {
             *path = std::path::absolute(&*path)?;
         }
         let len = self.state_dir.as_os_str().len();

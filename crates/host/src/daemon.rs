@@ -18,10 +18,10 @@ use tokio::sync::{OnceCell, watch};
 
 use crate::{
     config::Config,
+    disks::Disks,
     error::{ApiError, ApiResult},
     leases::Leases,
     memory::{self, HostMemory},
-    disks::Disks,
     nets::Nets,
     pagers::{Pager, Pagers, Program},
     peers::{Peers, join::Tokens, tls::Files},

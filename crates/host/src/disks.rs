@@ -9,10 +9,7 @@ use std::{
     fs, io,
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
-    sync::{
-        Arc, Mutex,
-        atomic::Ordering,
-    },
+    sync::{Arc, Mutex, atomic::Ordering},
     time::Duration,
 };
 
@@ -56,7 +53,11 @@ pub(crate) struct Disks {
 
 impl Disks {
     pub(crate) fn new(config: &crate::config::Config) -> Self {
-        Self { templates: Arc::new(Templates::new(config.disk_dir.join("templates"))), golden: Mutex::default(), making: Mutex::default() }
+        Self {
+            templates: Arc::new(Templates::new(config.disk_dir.join("templates"))),
+            golden: Mutex::default(),
+            making: Mutex::default(),
+        }
     }
 }
 
@@ -122,7 +123,9 @@ impl Daemon {
                     self.config.name, golden.image, golden.hash
                 ),
             )
-            .remedy("copy the image's directory to this host's image directory; `ramet image ls` lists what is there"));
+            .remedy(
+                "copy the image's directory to this host's image directory; `ramet image ls` lists what is there",
+            ));
         };
         lock(&self.disks.golden).insert(golden.hash.clone(), path.clone());
         Ok(path)
@@ -225,7 +228,8 @@ impl Daemon {
 
     /// Merges the layers below a VM's overlay into it, in the background, when they are many.
     pub(crate) fn flatten_behind(self: &Arc<Self>, running: &Arc<Running>) {
-        let layers = |d: &Self, vm: VmId| d.store.read(|s| s.vms.get(&vm)?.disk.as_ref().map(|d| d.frozen.layers.clone()));
+        let layers =
+            |d: &Self, vm: VmId| d.store.read(|s| s.vms.get(&vm)?.disk.as_ref().map(|d| d.frozen.layers.clone()));
         let Some(merged) = layers(self, running.id).filter(|l| l.len() >= FLATTEN_AT) else { return };
         if running.flattening.swap(true, Ordering::AcqRel) {
             return;
@@ -368,7 +372,8 @@ impl Daemon {
         let needed = self.store.read(|s| served(s, family));
         for disk in status.disks.iter().map(|d| d.disk).filter(|d| !needed.contains(d)) {
             if let Some(server) = self.disk_servers.get(family) {
-                let dropped: ApiResult<serde_json::Value> = self.ask_disk_server(&server, &Request::Drop { disk }).await;
+                let dropped: ApiResult<serde_json::Value> =
+                    self.ask_disk_server(&server, &Request::Drop { disk }).await;
                 if let Err(err) = dropped {
                     tracing::warn!(%disk, "{err}");
                 }
@@ -439,7 +444,8 @@ fn served(state: &State, family: FamilyId) -> BTreeSet<DiskId> {
     let vms = state.vms.values().filter(|vm| vm.family == family && vm.alive()).filter_map(|vm| vm.disk.as_ref());
     let checkpoints: Vec<_> =
         state.checkpoints.values().filter(|c| c.family == family).filter_map(|c| c.disk.as_ref()).collect();
-    let origins = vms.map(|d| &d.frozen).chain(checkpoints.iter().copied()).filter_map(|d| Some(d.origin.as_ref()?.disk));
+    let origins =
+        vms.map(|d| &d.frozen).chain(checkpoints.iter().copied()).filter_map(|d| Some(d.origin.as_ref()?.disk));
     origins.chain(checkpoints.iter().filter_map(|d| d.layers.last().copied())).collect()
 }
 

@@ -151,8 +151,7 @@ pub(crate) fn published(ports: &[PublishedPort]) -> Vec<Publish> {
         Protocol::Tcp => Proto::Tcp,
         Protocol::Udp => Proto::Udp,
     };
-    let publish =
-        |p: &PublishedPort| Publish { proto: proto(p.protocol), host_port: p.host_port, port: p.guest_port };
+    let publish = |p: &PublishedPort| Publish { proto: proto(p.protocol), host_port: p.host_port, port: p.guest_port };
     ports.iter().map(publish).collect()
 }
 
@@ -223,7 +222,8 @@ impl Daemon {
     pub(crate) fn given_member(&self, number: MemberNumber) -> ApiResult<VmNic> {
         let MemberNumber { range, index } = number;
         let member = self.nets.plan().member(range, index);
-        let member = member.ok_or_else(|| ApiError::new(ErrorCode::BadRequest, format!("No member has number {index}")))?;
+        let member =
+            member.ok_or_else(|| ApiError::new(ErrorCode::BadRequest, format!("No member has number {index}")))?;
         Ok(VmNic { range, index, member, tap: String::new() })
     }
 
@@ -293,7 +293,8 @@ impl Daemon {
 
     /// What guests of the family are told to ask for names.
     pub(crate) fn name_servers_of(&self, family: FamilyId) -> Vec<Ipv4Addr> {
-        let egress = self.store.read(|s| s.families.get(&family).and_then(|f| f.network.as_ref()).map(|n| n.egress.clone()));
+        let egress =
+            self.store.read(|s| s.families.get(&family).and_then(|f| f.network.as_ref()).map(|n| n.egress.clone()));
         match egress {
             Some(Egress::Nat | Egress::List(_)) => name_servers(),
             Some(Egress::None) | None => Vec::new(),
@@ -457,9 +458,8 @@ impl Daemon {
             Ok(host) => host.clone(),
             Err(err) => return tracing::error!("{err}"),
         };
-        let families: Vec<_> = self
-            .store
-            .read(|s| s.families.values().filter(|f| f.network.is_some()).map(|f| f.id).collect::<Vec<_>>());
+        let families: Vec<_> =
+            self.store.read(|s| s.families.values().filter(|f| f.network.is_some()).map(|f| f.id).collect::<Vec<_>>());
         let known: Vec<_> = families.iter().map(|f| name_of(*f)).collect();
         let strays = blocking("Networks can't be listed", move || {
             for name in host.names()?.into_iter().filter(|n| !known.contains(n)) {
@@ -545,8 +545,9 @@ impl Daemon {
 
     /// Takes a family's network of another host over.
     pub(crate) fn take_network(&self, state: &mut State, family: FamilyId, offer: &PeerNetwork) -> ApiResult<()> {
-        let egress = serde_json::from_value(offer.egress.clone())
-            .map_err(|e| ApiError::new(ErrorCode::BadRequest, format!("The family's network is not understood: {e}")))?;
+        let egress = serde_json::from_value(offer.egress.clone()).map_err(|e| {
+            ApiError::new(ErrorCode::BadRequest, format!("The family's network is not understood: {e}"))
+        })?;
         let record = state.families.entry(family).or_insert(crate::state::FamilyRecord { id: family, network: None });
         let network = record.network.get_or_insert(FamilyNetwork {
             vni: offer.vni,
@@ -558,11 +559,7 @@ impl Daemon {
         self.note_members(network, &offer.hosts)
     }
 
-    fn note_members(
-        &self,
-        network: &mut FamilyNetwork,
-        hosts: &BTreeMap<String, Vec<MemberNumber>>,
-    ) -> ApiResult<()> {
+    fn note_members(&self, network: &mut FamilyNetwork, hosts: &BTreeMap<String, Vec<MemberNumber>>) -> ApiResult<()> {
         for (host, numbers) in hosts.iter().filter(|(host, _)| **host != self.config.name) {
             let members: ApiResult<Vec<_>> = numbers.iter().map(|n| Ok(self.given_member(*n)?.member)).collect();
             network.hosts.insert(host.clone(), members?);
@@ -617,7 +614,8 @@ impl Daemon {
         self.store.read(|s| {
             if let Some(network) = s.families.get(&family).and_then(|f| f.network.as_ref()) {
                 // Hosts that this one did not know to have the family.
-                for host in request.hosts.iter().filter(|h| **h != self.config.name && !network.hosts.contains_key(*h)) {
+                for host in request.hosts.iter().filter(|h| **h != self.config.name && !network.hosts.contains_key(*h))
+                {
                     hosts.entry(host.clone()).or_default();
                     news = true;
                 }
@@ -652,8 +650,7 @@ mod tests {
 
     fn state() -> (State, FamilyId) {
         let family = FamilyId::from_u128(1);
-        let network =
-            FamilyNetwork { vni: 1, egress: Egress::Nat, rate: None, last_index: 1, hosts: BTreeMap::new() };
+        let network = FamilyNetwork { vni: 1, egress: Egress::Nat, rate: None, last_index: 1, hosts: BTreeMap::new() };
         let mut state = State::default();
         state.families.insert(family, FamilyRecord { id: family, network: Some(network) });
         (state, family)
@@ -668,13 +665,22 @@ mod tests {
         let mut web = vm("web");
         web.nic = Some(first.clone());
         state.vms.insert(web.id, web.clone());
-        let network = |s: &mut State, last| s.families.get_mut(&family).unwrap().network.as_mut().unwrap().last_index = last;
+        let network =
+            |s: &mut State, last| s.families.get_mut(&family).unwrap().network.as_mut().unwrap().last_index = last;
         network(&mut state, AddressPlan::LAST_INDEX - 1);
         let prepared = VmNic { index: 3, member: plan.member(3, 3).unwrap(), ..first.clone() };
         let next = free_number(&mut state, family, 3, plan, std::slice::from_ref(&prepared)).unwrap();
         assert_eq!(next.index, 4, "one has 2, another is prepared with 3");
         // A member elsewhere that was given its number here.
-        state.families.get_mut(&family).unwrap().network.as_mut().unwrap().hosts.insert("h2".into(), vec![plan.member(3, 5).unwrap()]);
+        state
+            .families
+            .get_mut(&family)
+            .unwrap()
+            .network
+            .as_mut()
+            .unwrap()
+            .hosts
+            .insert("h2".into(), vec![plan.member(3, 5).unwrap()]);
         assert_eq!(free_number(&mut state, family, 3, plan, &[]).unwrap().index, 6);
     }
 

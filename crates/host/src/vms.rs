@@ -11,8 +11,8 @@ use std::{
 };
 
 use ramet_client::api::{
-    CloneOptions, Counters, Egress, ErrorCode, MemoryUse, RunRequest, StopRequest, Timeline, UnreachableHost, VmInfo, VmList, VmState,
-    VmStats,
+    CloneOptions, Counters, Egress, ErrorCode, MemoryUse, RunRequest, StopRequest, Timeline, UnreachableHost, VmInfo,
+    VmList, VmState, VmStats,
 };
 use ramet_disk::DiskId;
 use ramet_guest::host::AgentClient;
@@ -172,8 +172,11 @@ impl Daemon {
         };
         let size = request.disk_size.unwrap_or(disk.size);
         if size < disk.size || !size.bytes().is_multiple_of(4096) {
-            return Err(ApiError::new(ErrorCode::BadRequest, format!("The disk of '{image}' has {}, not {size}", disk.size))
-                .remedy("--disk-size can only make it larger, by whole pages of 4 KiB"));
+            return Err(ApiError::new(
+                ErrorCode::BadRequest,
+                format!("The disk of '{image}' has {}, not {size}", disk.size),
+            )
+            .remedy("--disk-size can only make it larger, by whole pages of 4 KiB"));
         }
         let golden = Golden { image, hash: disk.hash };
         let frozen = FrozenDisk { size, golden, origin: None, layers: Vec::new(), volumes };

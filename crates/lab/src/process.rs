@@ -122,7 +122,8 @@ fn program(pid: u32) -> Option<String> {
     let name = exe.file_name()?.to_str()?;
     // A program that was built anew while it ran.
     let name = name.strip_suffix(" (deleted)").unwrap_or(name);
-    let ours = ["rametd", "ramet-pager", "ramet-disk", "qemu-storage-daemon"].contains(&name) || name.starts_with("qemu-system-");
+    let ours = ["rametd", "ramet-pager", "ramet-disk", "qemu-storage-daemon"].contains(&name)
+        || name.starts_with("qemu-system-");
     ours.then(|| name.to_owned())
 }
 

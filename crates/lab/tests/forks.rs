@@ -149,7 +149,8 @@ async fn a_second_checkpoint_stores_only_what_changed_since_the_first() {
     let take = api::CheckpointRequest { note: Some("first".into()), wait: true, ..Default::default() };
     let first = host.checkpoint("db", &take).await.unwrap().checkpoint;
     fill(&host, "db", 2, FIRST + 10, 30).await;
-    let second = host.checkpoint("db", &api::CheckpointRequest { wait: true, ..Default::default() }).await.unwrap().checkpoint;
+    let second =
+        host.checkpoint("db", &api::CheckpointRequest { wait: true, ..Default::default() }).await.unwrap().checkpoint;
     assert_eq!(first.note.as_deref(), Some("first"));
     let all = host.checkpoints().await.unwrap().checkpoints;
     assert_eq!(all.iter().map(|c| c.id).collect::<Vec<_>>(), [first.id, second.id]);

@@ -114,7 +114,11 @@ impl MachineSpec {
 
     /// Bus and address of a network card.
     pub(crate) fn nic_slot(&self, index: u8) -> (String, String) {
-        if self.is_q35() { (format!("port{index}"), "0x0".to_owned()) } else { ("pci.0".to_owned(), format!("{:#x}", NICS + index)) }
+        if self.is_q35() {
+            (format!("port{index}"), "0x0".to_owned())
+        } else {
+            ("pci.0".to_owned(), format!("{:#x}", NICS + index))
+        }
     }
 
     fn is_q35(&self) -> bool {

@@ -57,7 +57,8 @@ pub(crate) async fn ps(context: &Context, args: &PsArgs) -> Result<()> {
 }
 
 fn table(list: &VmList) -> String {
-    let mut rows = Rows::new(&["NAME", "STATE", "HOST", "IMAGE", "ADDRESS", ">MEMORY", ">CPUS", ">GEN", "CHECKPOINT", "AGE"]);
+    let mut rows =
+        Rows::new(&["NAME", "STATE", "HOST", "IMAGE", "ADDRESS", ">MEMORY", ">CPUS", ">GEN", "CHECKPOINT", "AGE"]);
     for vm in &list.vms {
         rows.add([
             vm.name.clone(),

@@ -83,13 +83,10 @@ pub(crate) fn take(control: &Control, identity: &Identity) -> IdentityAck {
 fn take_nics(paths: &Paths, identity: &Identity, before: Option<&GuestId>, steps: &mut Steps) -> Vec<GuestNic> {
     let boots = identity.clone_number == 0;
     // All are found before one is changed.
-    // Two identities in one order have the same cards in it.
-    let before: Option<&[GuestNic]> = before.map(|id| &id.nics[..]).filter(|nics| nics.len() == identity.nics.len() && !boots);
-    let mut found: Vec<(&NicIdentity, io::Result<String>)> = Vec::new();
-    for (number, nic) in identity.nics.iter().enumerate() {
-        let before = before.and_then(|nics| nics.get(number)).map(|nic| nic.name.as_str());
-        found.push((nic, network::find(paths, nic, boots, before)));
-    }
+    let before = before.map(|id| &id.nics[..]).filter(|_| !boots).unwrap_or_default();
+    let name = |nic: &NicIdentity| Some(before.iter().find(|b| b.index == nic.index)?.name.as_str());
+    let found: Vec<(&NicIdentity, io::Result<String>)> =
+        identity.nics.iter().map(|nic| (nic, network::find(paths, nic, boots, name(nic)))).collect();
     let mut lost = Vec::new();
     let mut nics = Vec::new();
     for (nic, name) in found {
@@ -104,7 +101,7 @@ fn take_nics(paths: &Paths, identity: &Identity, before: Option<&GuestId>, steps
             steps.note(format!("{name}: {part}"), result);
         }));
         let (mac, ip, prefix, gateway) = (nic.mac.clone(), nic.ip.clone(), nic.prefix, nic.gateway.clone());
-        nics.push(GuestNic { name, mac, ip, prefix, gateway });
+        nics.push(GuestNic { index: nic.index, name, mac, ip, prefix, gateway });
     }
     let mut servers: Vec<&String> = Vec::new();
     for server in identity.nics.iter().flat_map(|nic| &nic.dns) {

@@ -239,7 +239,12 @@ impl Control {
         }
     }
 
-    pub(crate) async fn call<T: DeserializeOwned>(&self, request: &(impl Serialize + Sync), again: bool, limit: Duration) -> Result<T> {
+    pub(crate) async fn call<T: DeserializeOwned>(
+        &self,
+        request: &(impl Serialize + Sync),
+        again: bool,
+        limit: Duration,
+    ) -> Result<T> {
         self.call_now(request, again, limit, RECONNECT).await
     }
 

@@ -402,7 +402,8 @@ mod tests {
     #[test]
     fn only_a_host_itself_changes_its_address() {
         let (_dir, peers, _tokens) = host("h1");
-        let at = |name: &str, address: &str| PeerAddress { name: name.to_owned(), address: address.to_owned(), number: 0 };
+        let at =
+            |name: &str, address: &str| PeerAddress { name: name.to_owned(), address: address.to_owned(), number: 0 };
         peers.learn(&[at("h1", "10.0.0.1:1"), at("h2", "10.0.0.2:1"), at("h3", "10.0.0.3:1")]).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let _in = runtime.enter();
