@@ -11,8 +11,11 @@ use anyhow::{Context as _, Result, bail};
 use crate::run::{Tool, find, say, step};
 
 /// What has to be on the machine: a file or program that tells, and the package that brings it.
-const NEEDED: [(Probe, &str, &str); 11] = [
+const NEEDED: [(Probe, &str, &str); 14] = [
     (Probe::Program("qemu-system-x86_64"), "qemu-system-x86", "runs the VMs"),
+    (Probe::Program("qemu-img"), "qemu-utils", "makes overlays of disks"),
+    (Probe::Program("nft"), "nftables", "keeps families' networks apart"),
+    (Probe::Program("tcpdump"), "tcpdump", "shows tests and benches what is on the wire"),
     (Probe::Program("ip"), "iproute2", "makes the hosts of a lab"),
     (Probe::Program("dpkg-deb"), "dpkg", "unpacks the guest's packages"),
     (Probe::Program("xz"), "xz-utils", "unpacks them"),
@@ -143,6 +146,9 @@ fn build(root: &Path, profile: Profile) -> Result<Built> {
 /// Programs that run in guests: package and name.
 const GUEST_PROGRAMS: [(&str, &str); 2] = [("ramet-guest", "ramet-agent"), ("ramet-truth", "ramet-truth")];
 
+/// What the image `web` has.
+const WEB_PACKAGES: &str = "apache2,curl,python3-minimal";
+
 /// A program for guests, as [`guest_build`] makes it.
 fn guest_program(root: &Path, program: &str) -> PathBuf {
     target(root).join("guest/x86_64-unknown-linux-gnu/guest").join(program)
@@ -176,26 +182,31 @@ fn images(root: &Path, built: &Built, profile: Profile) -> Result<()> {
     let tiny = target(root).join("tiny/release/ramet-tiny");
     let mut add = truth.clone().into_os_string();
     add.push(":/usr/bin/ramet-truth");
-    image(built, "default", &[&agent], |tool| tool.arg("--agent").arg(&agent))?;
-    image(built, "tiny", &[&tiny], |tool| tool.arg("--tiny").arg(&tiny))?;
+    image(built, "default", &[&agent], |tool| Ok(tool.arg("--agent").arg(&agent)))?;
+    image(built, "tiny", &[&tiny], |tool| Ok(tool.arg("--tiny").arg(&tiny)))?;
+    // A whole Debian with a server, for what is told of clones of real machines.
+    image(built, "web", &[&agent], |tool| {
+        let tool = tool.arg("--debian").arg("--packages").arg(WEB_PACKAGES).arg("--agent").arg(&agent);
+        tool.through_root("to install Debian packages into the disk of a guest")
+    })?;
     if profile == Profile::Dev {
         // A kernel of this machine's distribution, and a newer one.
         for (name, suite) in [("truth", &[][..]), ("truth-trixie", &["--suite", "trixie"])] {
             image(built, name, &[&agent, &truth], |tool| {
-                tool.arg("--agent").arg(&agent).arg("--add").arg(&add).args(suite)
+                Ok(tool.arg("--agent").arg(&agent).arg("--add").arg(&add).args(suite))
             })?;
         }
     }
     Ok(())
 }
 
-fn image(built: &Built, name: &str, parts: &[&Path], options: impl FnOnce(Tool) -> Tool) -> Result<()> {
+fn image(built: &Built, name: &str, parts: &[&Path], options: impl FnOnce(Tool) -> Result<Tool>) -> Result<()> {
     let made = built.images.join(name).join("image.json");
     for part in parts {
         if !up_to_date(&made, part)? {
             step(&format!("Building the guest image '{name}'"));
             let tool = Tool::new(built.bin("ramet")).args(["image", "build", name, "--replace", "--image-dir"]);
-            return options(tool.arg(&built.images)).run();
+            return options(tool.arg(&built.images))?.run();
         }
     }
     Ok(())
