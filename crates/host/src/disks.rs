@@ -16,7 +16,7 @@ use std::{
 use ramet_client::api::{ErrorCode, PeerDisk, PeerGolden};
 use ramet_disk::{
     ChainPaths, DiskId,
-    control::{ExtentsReply, FrozenReply, RemoteReply, Request, SourceAddress, StatusReply},
+    control::{DiskStatus, ExtentsReply, FrozenReply, RemoteReply, Request, SourceAddress, StatusReply},
     overlay::Templates,
 };
 use ramet_memory::{ByteSize, FamilyId, VmId};
@@ -364,6 +364,24 @@ impl Daemon {
     pub(crate) async fn disk_server_status(&self, family: FamilyId) -> Option<StatusReply> {
         let server = self.disk_servers.get(family)?;
         server.control.call(&Request::Status, true, Duration::from_secs(1)).await.ok()
+    }
+
+    /// The disk of another host that a VM's lies over, if it does.
+    pub(crate) async fn remote_disk(&self, vm: &VmRecord) -> Option<DiskStatus> {
+        let origin = vm.disk.as_ref()?.frozen.origin.as_ref()?.disk;
+        self.remote_disks(std::slice::from_ref(vm)).await.remove(&origin)
+    }
+
+    /// The disks of other hosts that living VMs' disks lie over.
+    pub(crate) async fn remote_disks(&self, vms: &[VmRecord]) -> HashMap<DiskId, DiskStatus> {
+        let over = |vm: &&VmRecord| vm.alive() && vm.disk.as_ref().is_some_and(|d| d.frozen.origin.is_some());
+        let families: BTreeSet<_> = vms.iter().filter(over).map(|vm| vm.family).collect();
+        let mut disks = HashMap::new();
+        for family in families {
+            let status = self.disk_server_status(family).await.unwrap_or_default();
+            disks.extend(status.disks.into_iter().map(|disk| (disk.disk, disk)));
+        }
+        disks
     }
 
     /// Has the family's server forget disks that no record has any more.

@@ -566,12 +566,16 @@ impl Daemon {
         let mut records: Vec<_> = self.store.read(|s| s.vms.values().cloned().collect());
         records.sort_by_key(|vm| (vm.created_unix_ms, vm.clone_number, vm.id));
         let stalls = if records.iter().any(|vm| vm.attached) { self.stalls().await } else { Vec::new() };
+        let disks = self.remote_disks(&records).await;
         records
             .iter()
             .map(|vm| {
                 let stalled =
                     stalls.iter().find(|(id, family, _)| *id == Some(vm.id) || (id.is_none() && *family == vm.family));
-                self.info_of(vm, stalled.map(|(_, _, reason)| reason.clone()))
+                let stalled = stalled.map(|(_, _, reason)| reason.clone());
+                let disk =
+                    || vm.disk.as_ref().and_then(|disk| stalled_disk(disks.get(&disk.frozen.origin.as_ref()?.disk)?));
+                self.info_of(vm, stalled.or_else(disk))
             })
             .collect()
     }
@@ -602,7 +606,8 @@ impl Daemon {
             Some(Err(reason)) => Some(reason),
             None => None,
         };
-        Ok(self.info_of(&record, stalled))
+        let disk = self.remote_disk(&record).await;
+        Ok(self.info_of(&record, stalled.or_else(|| stalled_disk(&disk?))))
     }
 
     async fn pager_report(&self, vm: &VmRecord) -> Option<Result<StatsReport, String>> {
@@ -671,6 +676,8 @@ impl Daemon {
         if let Some(vm) = &mine {
             stalled.clone_from(&vm.stalled);
         }
+        let disk = self.remote_disk(&record).await;
+        let stalled = stalled.or_else(|| stalled_disk(disk.as_ref()?));
         let running = self.running(record.id);
         let memory = match (&mine, &running) {
             (Some(vm), _) => Some(memory_of(vm)),
@@ -681,6 +688,7 @@ impl Daemon {
             memory,
             pager: mine.as_ref().map_or_else(Counters::default, crate::metrics::vm_counters),
             timeline: running.and_then(|r| lock(&r.timeline).clone()),
+            disk: disk.as_ref().map(|disk| crate::metrics::disk_counters([disk])),
             vm: self.info_of(&record, stalled.clone()),
             stalled,
         })
@@ -726,6 +734,11 @@ impl Daemon {
         let _ = fs::remove_dir_all(self.config.checkpoints());
         tracing::info!(ms = begin.elapsed().as_millis(), "all VMs and pagers have ended");
     }
+}
+
+/// Why readers of a disk of another host wait.
+fn stalled_disk(disk: &ramet_disk::control::DiskStatus) -> Option<String> {
+    disk.stalled.as_ref().map(|stalled| format!("its disk waits for another host: {}", stalled.reason))
 }
 
 fn no_disk(image: &str) -> ApiError {
