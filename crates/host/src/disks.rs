@@ -9,7 +9,9 @@ use std::{
     fs, io,
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
+    pin::Pin,
     sync::{Arc, Mutex, atomic::Ordering},
+    task::Poll,
     time::Duration,
 };
 
@@ -40,6 +42,8 @@ const FLATTEN_AT: usize = 8;
 const CALL: Duration = Duration::from_secs(30);
 /// How soon a VM whose disk failed is continued.
 const RETRY: Duration = Duration::from_millis(300);
+
+type BoxFuture<'a> = Pin<Box<dyn Future<Output = String> + Send + 'a>>;
 
 /// What the daemon keeps about disks.
 #[derive(Debug)]
@@ -265,8 +269,12 @@ impl Daemon {
 
     /// Continues a VM that stands still because its disk failed, again and again, until it goes on.
     pub(crate) async fn watch_disk(running: Arc<Running>) {
+        let mut next = listening(running.process.disk_failure()).await;
+        // It may have failed before anybody listened, as under the daemon before.
+        let mut failed = running.process.query_status().await.is_ok_and(|status| status == "io-error");
         loop {
-            let why = running.process.disk_failure().await;
+            let why = if failed { "its disk can't be used".to_owned() } else { next.await };
+            failed = false;
             tracing::warn!(vm = %running.id, why, "the VM's disk failed; it waits");
             *lock(&running.disk_trouble) = Some(why);
             loop {
@@ -278,14 +286,17 @@ impl Daemon {
                 if running.paused.load(Ordering::Acquire) {
                     continue;
                 }
-                let failed = running.process.disk_failure();
-                tokio::pin!(failed);
+                // It may fail again at once.
+                let mut failure = listening(running.process.disk_failure()).await;
                 if running.process.cont().await.is_err() {
                     continue;
                 }
                 tokio::select! {
-                    why = &mut failed => *lock(&running.disk_trouble) = Some(why),
-                    () = tokio::time::sleep(RETRY) => break,
+                    why = &mut failure => *lock(&running.disk_trouble) = Some(why),
+                    () = tokio::time::sleep(RETRY) => {
+                        next = failure;
+                        break;
+                    }
                 }
             }
             *lock(&running.disk_trouble) = None;
@@ -437,6 +448,15 @@ impl Daemon {
                 None => {}
             }
         }
+    }
+}
+
+/// Polls it once, so that it hears what happens from now on.
+async fn listening<'a>(mut failure: BoxFuture<'a>) -> BoxFuture<'a> {
+    let heard = std::future::poll_fn(|context| Poll::Ready(failure.as_mut().poll(context))).await;
+    match heard {
+        Poll::Ready(why) => Box::pin(std::future::ready(why)),
+        Poll::Pending => failure,
     }
 }
 
