@@ -51,7 +51,7 @@ pub(crate) struct Disks {
     templates: Arc<Templates>,
     /// Golden images that were found, by hash.
     golden: Mutex<HashMap<String, PathBuf>>,
-    /// Overlays that are on no record yet.
+    /// Overlays, and disks of other hosts, that are on no record yet.
     making: Mutex<BTreeSet<DiskId>>,
 }
 
@@ -81,7 +81,7 @@ impl Daemon {
         self.family_disks(family).join(format!("{disk}.qcow2"))
     }
 
-    /// An overlay is on record from now on, or its file is gone.
+    /// A disk is on record from now on, or it is gone.
     pub(crate) fn overlay_settled(&self, disk: DiskId) {
         lock(&self.disks.making).remove(&disk);
     }
@@ -349,7 +349,7 @@ impl Daemon {
         }))
     }
 
-    /// Has this host serve another host's frozen disk to its QEMUs.
+    /// Has this host serve another host's frozen disk to its QEMUs. Not forgotten until [`Daemon::overlay_settled`].
     pub(crate) async fn import_disk(&self, family: FamilyId, host: &str, offer: &PeerDisk) -> ApiResult<FrozenDisk> {
         let bad = |what: String| ApiError::new(ErrorCode::BadRequest, format!("The checkpoint's disk: {what}"));
         let disk: DiskId = offer.disk.parse().map_err(|e: ramet_memory::IdError| bad(e.to_string()))?;
@@ -366,7 +366,9 @@ impl Daemon {
         // Without the image here, its part is fetched like the rest.
         let here = self.golden_file(&golden).await.ok();
         let request = Request::RemoteAdd { disk, size: offer.size, golden: here, extents, sources };
-        let reply: RemoteReply = self.ask_disk_server(&server, &request).await?;
+        lock(&self.disks.making).insert(disk);
+        let reply: ApiResult<RemoteReply> = self.ask_disk_server(&server, &request).await;
+        let reply = reply.inspect_err(|_| self.overlay_settled(disk))?;
         let origin = Some(Origin { disk, socket: reply.socket });
         Ok(FrozenDisk { size: ByteSize(offer.size), golden, origin, layers: Vec::new(), volumes })
     }
@@ -398,8 +400,10 @@ impl Daemon {
     /// Has the family's server forget disks that no record has any more.
     async fn forget_served(&self, family: FamilyId) {
         let Some(status) = self.disk_server_status(family).await else { return };
+        // What is no longer being made is on record, or needed by nobody.
+        let making = lock(&self.disks.making).clone();
         let needed = self.store.read(|s| served(s, family));
-        for disk in status.disks.iter().map(|d| d.disk).filter(|d| !needed.contains(d)) {
+        for disk in status.disks.iter().map(|d| d.disk).filter(|d| !needed.contains(d) && !making.contains(d)) {
             if let Some(server) = self.disk_servers.get(family) {
                 let dropped: ApiResult<serde_json::Value> =
                     self.ask_disk_server(&server, &Request::Drop { disk }).await;

@@ -278,6 +278,9 @@ impl Daemon {
                     checkpoint.disk.clone_from(&disk);
                 }
             });
+            if let Some(origin) = disk.as_ref().and_then(|d| d.origin.as_ref()) {
+                self.overlay_settled(origin.disk);
+            }
             Ok(CheckpointRecord { disk, ..record.clone() })
         };
         let network = async {
