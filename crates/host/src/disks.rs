@@ -206,6 +206,8 @@ impl Daemon {
     /// After the daemon's restart: the daemon before may have died between the freezing and its record.
     pub(crate) async fn find_disk_again(self: &Arc<Self>, running: &Arc<Running>, vm: &VmRecord) {
         let Some(disk) = &vm.disk else { return };
+        // Nobody waits for its end any more, and no checkpoint could be taken before that.
+        let _ = running.process.stop_flattening().await;
         let Ok(node) = running.process.disk_node().await else { return };
         if node == DiskChain::node(&self.overlay_path(vm.family, disk.active)) {
             return;
