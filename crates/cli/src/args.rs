@@ -406,9 +406,9 @@ pub(crate) struct CheckpointArgs {
     /// Run no hooks (/etc/ramet/checkpoint.d in the guest).
     #[arg(long)]
     pub(crate) no_hooks: bool,
-    /// How long hooks and freezing may take.
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_seconds)]
-    pub(crate) hook_limit: u64,
+    /// How long hooks and freezing may take [default: 30s].
+    #[arg(long, value_name = "TIME", value_parser = parse_seconds)]
+    pub(crate) hook_limit: Option<u64>,
     #[command(subcommand)]
     pub(crate) command: Option<CheckpointCommand>,
 }

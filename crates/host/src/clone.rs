@@ -759,7 +759,12 @@ mod tests {
     fn all_clones_are_committed_or_none() {
         let (mut state, parent) = state_with(&["web"]);
         let image = ImageId::random();
-        let terms = Terms { ttl_s: None, lease: Some("fork".to_owned()), wait_agent: Duration::ZERO };
+        let terms = Terms {
+            ttl_s: None,
+            lease: Some("fork".to_owned()),
+            wait_agent: Duration::ZERO,
+            options: CloneOptions::default(),
+        };
         let plan = assign(&state, &parent, &request(2, &[]), &hosts(&["h1"]), "h1", &[]).unwrap();
         reserve(&mut state, &parent, &plan, image, &terms, "this");
         // Another call's clones of the same checkpoint are none of ours.
@@ -778,7 +783,8 @@ mod tests {
 
     #[test]
     fn a_failed_fork_tells_of_each_clone() {
-        let clone = |number, host: &str| Planned { number, name: format!("c{number}"), host: host.to_owned() };
+        let clone =
+            |number, host: &str| Planned { number, name: format!("c{number}"), host: host.to_owned(), nic: None };
         let plan = [clone(1, "h1"), clone(2, "h2")];
         let taken = ApiError::new(ErrorCode::NameTaken, "host 'h2': taken").remedy("another");
         let shares = BTreeMap::from([("h1".to_owned(), Ok(Vec::new())), ("h2".to_owned(), Err(vec![taken]))]);
