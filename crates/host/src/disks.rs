@@ -236,13 +236,22 @@ impl Daemon {
     pub(crate) fn flatten_behind(self: &Arc<Self>, running: &Arc<Running>) {
         let layers =
             |d: &Self, vm: VmId| d.store.read(|s| s.vms.get(&vm)?.disk.as_ref().map(|d| d.frozen.layers.clone()));
-        let Some(merged) = layers(self, running.id).filter(|l| l.len() >= FLATTEN_AT) else { return };
-        if running.flattening.swap(true, Ordering::AcqRel) {
+        if layers(self, running.id).is_none_or(|l| l.len() < FLATTEN_AT)
+            || running.flattening.swap(true, Ordering::AcqRel)
+        {
             return;
         }
         let (daemon, running) = (self.clone(), running.clone());
         tokio::spawn(async move {
-            let flat = running.process.flatten_disk().await;
+            // Not beside a checkpoint: it would merge into an overlay that is frozen by then.
+            let held = busy(Some(&running)).await;
+            let merged = layers(&daemon, running.id).unwrap_or_default();
+            let begun = running.process.flatten_disk().await;
+            drop(held);
+            let flat = match begun {
+                Ok(merging) => merging.await,
+                Err(err) => Err(err),
+            };
             running.flattening.store(false, Ordering::Release);
             match flat {
                 Ok(()) => {
