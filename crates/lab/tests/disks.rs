@@ -53,6 +53,12 @@ async fn write_on(client: &Client, vm: &str) {
     until("it writes", || async { sh(client, vm, "ls /sums | wc -l").await != "0" }).await;
 }
 
+/// The same after [`right`].
+async fn write_again(client: &Client, vm: &str) {
+    sh(client, vm, "rm /stop").await;
+    write_on(client, vm).await;
+}
+
 /// Whether all files with a sum are right on the disk, and the guest has seen no error; how many there are.
 async fn right(client: &Client, vm: &str) -> u32 {
     sh(client, vm, "touch /stop").await;
@@ -182,10 +188,13 @@ async fn disks_of_clones_are_exact_and_private_on_all_hosts() {
     let busy = reading(&h2, &made[1], "f0").await;
     let (_, second) = fork(&h2, &made[1], 1, &["h3"]).await;
     assert!(busy.await.unwrap());
-    sh(&h3, &second[0], "rm /stop").await;
-    write_on(&h3, &second[0]).await;
+    write_again(&h3, &second[0]).await;
     let (_, third) = fork(&h3, &second[0], 2, &["h1", "h3"]).await;
     sh(&h1, &third[0], &format!("cat /d/own; echo {} >/d/third; sync", third[0])).await;
+    // A server in the middle dies: its own host's clones and those of the next host wait for the next one.
+    let (here, there) = (reading(&h2, &later[0], "f1").await, reading(&h3, &third[1], "f1").await);
+    pids(&lab, 2, "ramet-disk").into_iter().for_each(kill);
+    assert!(here.await.unwrap() && there.await.unwrap());
     for (client, name) in [(&h3, &second[0]), (&h1, &third[0]), (&h3, &third[1])] {
         assert!(right(client, name).await >= 2, "{name}");
         assert_eq!(sh(client, name, "cat /d/own").await, made[1], "of the clone that it is a clone of");
@@ -230,9 +239,10 @@ async fn a_web_server_on_a_disk_fetches_little_and_its_sibling_nothing() {
     let read = "md5sum </var/note | cmp - /dev/shm/sum && cat /usr/lib/x86_64-linux-gnu/lib*.so* | wc -c";
     let size = sh(&away, &made[0], read).await;
     let before = fetched(&away, &made[0]).await;
-    assert!(before >= 3 << 20 && size.parse::<u64>().unwrap() > 8 << 20, "{before} {size}");
+    eprintln!("fetched for a file of 3 MiB and {size} bytes of libraries: {before} bytes");
+    assert!(before >= 3 << 20 && before < 6 << 20 && size.parse::<u64>().unwrap() > 8 << 20, "{before} {size}");
     let stats = away.vm_stats(&made[0]).await.unwrap().disk.unwrap();
-    assert!(stats.get("golden_bytes") > 0 && before < stats.get("golden_bytes") + (4 << 20), "{stats:?}");
+    assert!(stats.get("golden_bytes") > 8 << 20, "what is as in the image is read from this host's: {stats:?}");
     sh(&away, &made[1], "echo 3 >/proc/sys/vm/drop_caches").await;
     assert_eq!(sh(&away, &made[1], read).await, size);
     let after = fetched(&away, &made[1]).await;
@@ -320,6 +330,10 @@ async fn a_host_without_room_for_a_disk_stalls_who_writes_and_nobody_else() {
     assert!(reads(&home, "web", "f0").await, "others go on");
     assert_eq!(vm(&home, "web").await.state, VmState::Running);
     assert!(!write.is_finished());
+    let before = overlays(&disks.join("..")).len();
+    let (_, text) = refused(home.checkpoint("web", &api::CheckpointRequest::default()).await);
+    assert!(text.contains("room") || text.contains("space"), "{text}");
+    assert_eq!(overlays(&disks.join("..")).len(), before);
     mount("remount,size=96m");
     write.await.unwrap();
     until("it goes on", || async { vm(&home, &made[0]).await.state == VmState::Running }).await;
@@ -395,11 +409,24 @@ async fn chains_of_checkpoints_stay_short_and_failed_ones_leave_nothing() {
     home.warm(&request).await.unwrap();
     let layers_before = layers().await as usize;
     assert_eq!(overlays(&dir).len(), layers_before + 4, "of the VM, its clone and two prepared ones");
+    // Meanwhile the server of the clone's disk dies, with a read under way.
+    let server = pids(&lab, 2, "ramet-disk")[0];
+    signal(server, Signal::STOP);
+    let read = "md5sum </d/t/f0 | cmp - /sums/f0 && touch /read";
+    sh(
+        &away,
+        &made[1],
+        &format!("echo 3 >/proc/sys/vm/drop_caches; setsid sh -c '{read}' </dev/null >/dev/null 2>&1 &"),
+    )
+    .await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
     lab.kill_host_daemon(1).unwrap();
     lab.kill_host_daemon(2).unwrap();
+    kill(server);
     lab.restart_host_daemon(1).await.unwrap();
     lab.restart_host_daemon(2).await.unwrap();
     let (home, away) = (lab.client(1), lab.client(2));
+    until("the read is done", || async { sh(&away, &made[1], "ls /read 2>/dev/null || true").await == "/read" }).await;
     until("the overlays of prepared clones are gone", || async { overlays(&dir).len() == layers_before + 2 }).await;
     let more = home.clone_checkpoint(&id, &clones(2, &["h1", "h2"])).await.unwrap().clones;
     for (client, name) in [(&home, &made[0]), (&away, &made[1]), (&home, &more[0].vm.name), (&away, &more[1].vm.name)] {
@@ -407,6 +434,14 @@ async fn chains_of_checkpoints_stay_short_and_failed_ones_leave_nothing() {
     }
     home.checkpoint("web", &api::CheckpointRequest::default()).await.unwrap();
     assert!(right(&home, "web").await >= 1);
+    // Over another host's disk, too, layers are merged.
+    write_again(&away, &made[1]).await;
+    for _ in 0..9 {
+        away.checkpoint(&made[1], &api::CheckpointRequest::default()).await.unwrap();
+    }
+    until("the layers are merged", || async { vm(&away, &made[1]).await.disk.unwrap().layers < 8 }).await;
+    let (_, last) = fork(&away, &made[1], 1, &["h1"]).await;
+    assert!(right(&home, &last[0]).await >= 1 && right(&away, &made[1]).await >= 1);
     all_gone(&lab, &[1, 2]).await;
     lab.down().await.unwrap();
 }
