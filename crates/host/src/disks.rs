@@ -38,6 +38,10 @@ use crate::{
 
 /// Layers below a VM's overlay at which they are merged into it. Opening and reading slow down with each.
 const FLATTEN_AT: usize = 8;
+/// How long a VM must have had no checkpoint before that: one would stop it, and it would begin anew.
+const FLATTEN_QUIET: Duration = Duration::from_secs(1);
+/// Layers at which that is no longer waited for.
+const FLATTEN_NOW: usize = 32;
 /// How long a request to a server of frozen disks may take.
 const CALL: Duration = Duration::from_secs(30);
 /// How soon a VM whose disk failed is continued.
@@ -243,9 +247,16 @@ impl Daemon {
         }
         let (daemon, running) = (self.clone(), running.clone());
         tokio::spawn(async move {
+            let mut merged = Vec::new();
             // Not beside a checkpoint: it would merge into an overlay that is frozen by then.
-            let held = busy(Some(&running)).await;
-            let merged = layers(&daemon, running.id).unwrap_or_default();
+            let held = loop {
+                tokio::time::sleep(FLATTEN_QUIET).await;
+                let held = busy(Some(&running)).await;
+                let before = std::mem::replace(&mut merged, layers(&daemon, running.id).unwrap_or_default());
+                if before.len() == merged.len() || merged.len() >= FLATTEN_NOW {
+                    break held;
+                }
+            };
             let begun = running.process.flatten_disk().await;
             drop(held);
             let flat = match begun {
