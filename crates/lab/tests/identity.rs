@@ -105,7 +105,10 @@ async fn clones_are_machines_of_their_own() {
         let info = vm(client, name).await;
         who_it_is(client, &info, number, &parent).await;
         clock(client, name, &before).await;
-        until("its hooks were run", || async { sh(client, name, "cat /run/hooks 2>/dev/null || true").await.lines().count() == 2 }).await;
+        until("its hooks were run", || async {
+            sh(client, name, "cat /run/hooks 2>/dev/null || true").await.lines().count() == 2
+        })
+        .await;
         let rest = format!("{number} {} {} {} {name}", ip(&info), mac(&info), parent.id);
         assert_eq!(sh(client, name, "cat /run/hooks").await, format!("10-first {rest}\n20-second {rest}"));
         until("who subscribed is told", || async { printed(client, name, "told").await.contains("signal 44") }).await;
@@ -139,7 +142,10 @@ async fn who_it_is(client: &Client, info: &api::VmInfo, number: u64, parent: &ap
     let id: serde_json::Value = serde_json::from_str(&sh(client, name, "cat /run/ramet/id").await).unwrap();
     assert_eq!(id["clone_number"], number, "{id}");
     assert_eq!((&id["generation"], &id["reseeded"]), (&1.into(), &true.into()), "{id}");
-    assert_eq!((id["vm_id"].as_str().unwrap(), id["parent"].as_str().unwrap()), (&*info.id.to_string(), &*parent.id.to_string()));
+    assert_eq!(
+        (id["vm_id"].as_str().unwrap(), id["parent"].as_str().unwrap()),
+        (&*info.id.to_string(), &*parent.id.to_string())
+    );
     let nic = &id["nics"][0];
     assert_eq!((nic["ip"].as_str().unwrap(), nic["mac"].as_str().unwrap()), (&*ip(info), &*mac(info)));
     assert_eq!(sh(client, name, "cat /run/ramet/generation").await, "1");
@@ -195,7 +201,8 @@ async fn hooks_and_agents_that_fail_leave_everything_as_it_was() {
         }
     };
     let options = |limit| api::CloneOptions { hook_limit_s: limit, ..Default::default() };
-    let with = |options| api::ForkRequest { clones: api::CloneRequest { options, ..clones(1, &[]) }, ..Default::default() };
+    let with =
+        |options| api::ForkRequest { clones: api::CloneRequest { options, ..clones(1, &[]) }, ..Default::default() };
     let untouched = || async {
         assert_eq!(names(&home).await, ["web"]);
         assert!(home.checkpoints().await.unwrap().checkpoints.is_empty());

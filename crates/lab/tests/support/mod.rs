@@ -188,7 +188,8 @@ pub async fn put(client: &Client, vm: &str, path: &str, mode: u32, text: &str) {
 pub async fn python(client: &Client, vm: &str, name: &str, program: &str, args: &str) -> u32 {
     put(client, vm, &format!("/tmp/{name}.py"), 0o755, program).await;
     // In a slice of its own: what the agent itself runs is not frozen.
-    let unit = format!("systemd-run -q --unit=t-{name} -p StandardOutput=file:/dev/shm/{name}.out -p StandardError=inherit");
+    let unit =
+        format!("systemd-run -q --unit=t-{name} -p StandardOutput=file:/dev/shm/{name}.out -p StandardError=inherit");
     sh(client, vm, &format!("{unit} python3 -u /tmp/{name}.py {args}; systemctl show -p MainPID --value t-{name}"))
         .await
         .parse()
