@@ -356,6 +356,7 @@ impl Daemon {
         if running.process.spec().disk.is_some() || running.process.spec().volumes > 0 {
             tokio::spawn(Self::watch_disk(running.clone()));
         }
+        tokio::spawn(self.clone().watch_resets(running.clone()));
         let (daemon, watched) = (self.clone(), running.clone());
         tokio::spawn(async move {
             let exit = watched.process.wait_exit().await;
@@ -365,6 +366,19 @@ impl Daemon {
             }
         });
         running
+    }
+
+    /// Tells a guest that boots anew who it is, for as long as its QEMU lives.
+    async fn watch_resets(self: Arc<Self>, running: Arc<Running>) {
+        loop {
+            tokio::select! {
+                () = running.process.reset() => {}
+                _ = running.process.wait_exit() => return,
+            }
+            tracing::info!(vm = %running.id, "the guest boots anew");
+            let (daemon, running) = (self.clone(), running.clone());
+            tokio::spawn(async move { daemon.greet_again(&running).await });
+        }
     }
 
     /// A VM's QEMU has ended by itself.
