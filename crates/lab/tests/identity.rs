@@ -4,6 +4,7 @@
 mod support;
 
 use ramet_client::{Client, api};
+use ramet_lab::Lab;
 use std::collections::BTreeSet;
 use support::*;
 
@@ -94,7 +95,7 @@ async fn clones_are_machines_of_their_own() {
         put(&home, "web", &format!("{dir}/{hook}"), 0o755, &format!("#!/bin/sh\n{}\n", line.replace("$1", hook))).await;
     }
     until("it talks", || async { number(&home, "web", "/dev/shm/talked").await > 3 }).await;
-    until("it draws", || async { number(&home, "web", "/proc/self/mountinfo").await == 0 }).await;
+    until("it draws", || async { sh(&home, "web", "wc -l </dev/shm/drawn").await != "0" }).await;
     let before = home.time("web").await.unwrap();
 
     let made = home.fork("web", &frozen(2, &["h1", "h2"])).await.unwrap();
@@ -134,7 +135,40 @@ async fn clones_are_machines_of_their_own() {
         assert_eq!(sh(from.0, from.1, &fetch(&ip(machine))).await, "200", "{} at {}", machine.name, ip(machine));
     }
     no_number_twice(&home, &away, &clones).await;
+    new_driver_and_new_boot(&lab, &parent, &machines[1]).await;
     lab.down().await.unwrap();
+}
+
+/// A clone's card is reset, and then all of the clone: it speaks as itself or not at all. A machine that boots anew is told
+/// again who it is.
+async fn new_driver_and_new_boot(lab: &Lab, parent: &api::VmInfo, clone: &api::VmInfo) {
+    let home = lab.client(1);
+    sh(&home, "web", "systemctl stop t-talk").await;
+    let capture =
+        Capture::new(&family_space(lab, 1, parent), &["-i", &clone.network.as_ref().unwrap().tap, "-Q", "in"]);
+    let device = "d=$(basename $(readlink /sys/class/net/eth0/device)); cd /sys/bus/virtio/drivers/virtio_net";
+    sh(&home, &clone.name, &format!("{device}; echo $d >unbind; echo $d >bind")).await;
+    let there = || async { sh(&home, &clone.name, "cat /sys/class/net/eth0/address || true").await == mac(clone) };
+    until("the card is back, with its own address", there).await;
+    sh(&home, &clone.name, &format!("ip addr add {}/10 dev eth0; ip link set eth0 up", ip(clone))).await;
+    until("it is reached", || async { sh(&home, "web", &fetch(&ip(clone))).await == "200" }).await;
+    let pid = vm(&home, &clone.name).await.pid;
+    let _ = home.exec_collect(&clone.name, ["sh", "-c", "echo b >/proc/sysrq-trigger"]).await;
+    let boot = "cat /proc/sys/kernel/random/boot_id";
+    let before = sh(&home, "web", boot).await;
+    let _ = home.exec_collect("web", ["sh", "-c", "echo b >/proc/sysrq-trigger"]).await;
+    until("the parent is told who it is", || async {
+        let id = home.exec_collect("web", ["sh", "-c", &format!("{boot}; cat /run/ramet/id")]).await;
+        id.is_ok_and(|id| !id.text().contains(&before) && id.text().contains(&ip(parent)))
+    })
+    .await;
+    until("it answers again", || async { sh(&home, "web", &fetch(&ip(parent))).await == "200" }).await;
+    assert_eq!(vm(&home, &clone.name).await.pid, pid, "the clone's QEMU lives");
+    assert_eq!(vm(&home, &clone.name).await.state, api::VmState::Running);
+    let lines = capture.end();
+    let leaked: Vec<_> = lines.iter().filter(|l| speaks_as(l, &mac(parent), &ip(parent))).collect();
+    assert!(leaked.is_empty(), "{leaked:#?}");
+    assert!(lines.iter().any(|l| speaks_as(l, &mac(clone), &ip(clone))), "its own are seen");
 }
 
 async fn who_it_is(client: &Client, info: &api::VmInfo, number: u64, parent: &api::VmInfo) {

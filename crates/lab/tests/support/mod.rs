@@ -293,6 +293,15 @@ impl Drop for Capture {
     }
 }
 
+/// Whether a captured packet is one that a machine has sent as, or claims to be, `mac` or `ip`.
+pub fn speaks_as(line: &str, mac: &str, ip: &str) -> bool {
+    let from = line.split(" > ").next().unwrap_or_default();
+    from.contains(mac)
+        || from.split([' ', ',']).any(|word| word == ip || word.starts_with(&format!("{ip}.")))
+        || line.contains(&format!("tell {ip},"))
+        || line.contains(&format!("Reply {ip} is-at"))
+}
+
 /// After everything is removed no network of a family is left on the host: no namespace, mount, device or published port.
 pub async fn assert_no_network_left(lab: &Lab, host: usize) {
     let spaces = lab.hosts()[host - 1].state_dir.join("net");
