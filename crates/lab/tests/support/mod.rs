@@ -215,7 +215,7 @@ pub fn host_space(lab: &Lab, host: usize) -> PathBuf {
 
 /// The file of a family's network namespace on a host.
 pub fn family_space(lab: &Lab, host: usize, vm: &api::VmInfo) -> PathBuf {
-    lab.hosts()[host - 1].state_dir.join("net").join(vm.family.short().to_string())
+    lab.hosts()[host - 1].state_dir.join("net").join(vm.family.short())
 }
 
 /// A command in a network namespace, to be started.
