@@ -260,11 +260,16 @@ impl Daemon {
         if request.cpus == 0 {
             return bad("A VM needs a CPU".to_owned(), "give --cpus 1 or more");
         }
-        let word =
-            |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+=".contains(&b)) && !text.is_empty();
-        for (what, text) in [("machine type", &request.machine), ("CPU model", &request.cpu)] {
+        let word = |text: &str, also: &[u8]| {
+            text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+=".contains(&b) || also.contains(&b))
+                && !text.is_empty()
+        };
+        // Features of a CPU follow its name after commas, and nothing else can: it is an argument of its own.
+        for (what, text, also) in
+            [("machine type", &request.machine, &b""[..]), ("CPU model", &request.cpu, &b","[..])]
+        {
             if let Some(text) = text
-                && !word(text)
+                && !word(text, also)
             {
                 return bad(
                     format!("'{}' is no {what}", shown(text)),
