@@ -151,7 +151,10 @@ impl Daemon {
             name: vm.name.clone(),
             entropy: hex(&entropy),
             realtime_ns: unix_ns(),
-            nics: (0..).zip(vm.nics()).map(|(index, (network, nic))| self.nic_identity(&vm, index, network, nic)).collect(),
+            nics: (0..)
+                .zip(vm.nics())
+                .map(|(index, (network, nic))| self.nic_identity(&vm, index, network, nic))
+                .collect(),
             hostname: somebody.then(|| host_name(&vm.name)),
             machine_id: somebody.then(|| vm.id.to_string()),
             ssh_host_keys: options.ssh_host_keys,

@@ -225,7 +225,13 @@ impl Daemon {
             .clones
             .iter()
             .zip(nics)
-            .map(|(c, nic)| Planned { number: c.clone_number, name: c.name.clone(), host: host(), nic, joined: Vec::new() })
+            .map(|(c, nic)| Planned {
+                number: c.clone_number,
+                name: c.name.clone(),
+                host: host(),
+                nic,
+                joined: Vec::new(),
+            })
             .collect();
         let terms = Terms {
             ttl_s: request.ttl_s,

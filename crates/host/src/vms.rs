@@ -265,8 +265,7 @@ impl Daemon {
                 && !text.is_empty()
         };
         // Features of a CPU follow its name after commas, and nothing else can: it is an argument of its own.
-        for (what, text, also) in
-            [("machine type", &request.machine, &b""[..]), ("CPU model", &request.cpu, &b","[..])]
+        for (what, text, also) in [("machine type", &request.machine, &b""[..]), ("CPU model", &request.cpu, &b","[..])]
         {
             if let Some(text) = text
                 && !word(text, also)
