@@ -169,7 +169,10 @@ impl Daemon {
         if !parent.joined.is_empty() && hosts.iter().any(|host| *host != self.config.name) {
             return Err(ApiError::new(
                 ErrorCode::BadRequest,
-                format!("'{}' has joined a network with a name, which is on host '{}' only", parent.name, self.config.name),
+                format!(
+                    "'{}' has joined a network with a name, which is on host '{}' only",
+                    parent.name, self.config.name
+                ),
             )
             .remedy("clone it on this host, or boot it without --join"));
         }
@@ -800,8 +803,13 @@ mod tests {
 
     #[test]
     fn a_failed_fork_tells_of_each_clone() {
-        let clone =
-            |number, host: &str| Planned { number, name: format!("c{number}"), host: host.to_owned(), nic: None, joined: Vec::new() };
+        let clone = |number, host: &str| Planned {
+            number,
+            name: format!("c{number}"),
+            host: host.to_owned(),
+            nic: None,
+            joined: Vec::new(),
+        };
         let plan = [clone(1, "h1"), clone(2, "h2")];
         let taken = ApiError::new(ErrorCode::NameTaken, "host 'h2': taken").remedy("another");
         let shares = BTreeMap::from([("h1".to_owned(), Ok(Vec::new())), ("h2".to_owned(), Err(vec![taken]))]);

@@ -31,6 +31,9 @@ use crate::{
 /// How long a guest that has answered before may take for its handshake.
 const CONNECT: Duration = Duration::from_secs(5);
 
+/// How long a guest may take to boot anew.
+const REBOOT: Duration = Duration::from_secs(600);
+
 /// An agent's error as the API tells it.
 pub(crate) fn agent_failed(vm: &str, err: &AgentError) -> ApiError {
     let message = format!("VM '{vm}': {err}");
@@ -151,7 +154,10 @@ impl Daemon {
             name: vm.name.clone(),
             entropy: hex(&entropy),
             realtime_ns: unix_ns(),
-            nics: (0..).zip(vm.nics()).map(|(index, (network, nic))| self.nic_identity(&vm, index, network, nic)).collect(),
+            nics: (0..)
+                .zip(vm.nics())
+                .map(|(index, (network, nic))| self.nic_identity(&vm, index, network, nic))
+                .collect(),
             hostname: somebody.then(|| host_name(&vm.name)),
             machine_id: somebody.then(|| vm.id.to_string()),
             ssh_host_keys: options.ssh_host_keys,
@@ -247,6 +253,21 @@ impl Daemon {
         if let Err(err) = greeted {
             tracing::warn!(vm = %running.id, "{err}");
         }
+    }
+
+    /// The same to a guest that boots anew: it has forgotten all that it was told. No hooks: they are for a clone that
+    /// becomes one.
+    pub(crate) async fn greet_again(&self, running: &Running) {
+        self.store.amend(|s| {
+            if let Some(vm) = s.vms.get_mut(&running.id) {
+                vm.agent = false;
+            }
+        });
+        // Whatever waits for an answer of the agent before would wait for ever.
+        if let Some(before) = running.agent.lock().await.take() {
+            before.close();
+        }
+        self.greet(running, REBOOT, &CloneOptions { hooks: false, ..CloneOptions::default() }).await;
     }
 
     // ------------------------------------------------------------------------------------- before a checkpoint

@@ -253,7 +253,9 @@ impl Daemon {
     pub async fn create_network(self: &Arc<Self>, request: &api::NetworkRequest) -> ApiResult<api::NetworkInfo> {
         crate::names::check_vm_name(&request.name)?;
         let Some(egress) = egress(&request.egress)? else {
-            return Err(ApiError::new(ErrorCode::BadRequest, "A network that is off is none").remedy("give none or nat"));
+            return Err(
+                ApiError::new(ErrorCode::BadRequest, "A network that is off is none").remedy("give none or nat")
+            );
         };
         let id = FamilyId::random();
         self.store.update(|s| {
@@ -288,10 +290,8 @@ impl Daemon {
     fn describe_network(&self, state: &State, name: &str, network: &NamedNetwork) -> api::NetworkInfo {
         let range = u32::from(network.range) << (32 - u32::from(NAMED_PREFIX));
         let base = self.nets.plan().network().base().to_bits() | range;
-        let member = |(vm, nic): (&VmRecord, &VmNic)| api::NetworkMember {
-            vm: vm.name.clone(),
-            ip: nic.member.ip.to_string(),
-        };
+        let member =
+            |(vm, nic): (&VmRecord, &VmNic)| api::NetworkMember { vm: vm.name.clone(), ip: nic.member.ip.to_string() };
         api::NetworkInfo {
             name: name.to_owned(),
             subnet: format!("{}/{NAMED_PREFIX}", Ipv4Addr::from_bits(base)),
@@ -396,8 +396,7 @@ impl Daemon {
 
     /// What guests of the family are told to ask for names.
     pub(crate) fn name_servers_of(&self, family: FamilyId) -> Vec<Ipv4Addr> {
-        let egress =
-            self.store.read(|s| s.network(family).map(|n| n.egress.clone()));
+        let egress = self.store.read(|s| s.network(family).map(|n| n.egress.clone()));
         match egress {
             Some(Egress::Nat | Egress::List(_)) => name_servers(),
             Some(Egress::None) | None => Vec::new(),

@@ -260,11 +260,15 @@ impl Daemon {
         if request.cpus == 0 {
             return bad("A VM needs a CPU".to_owned(), "give --cpus 1 or more");
         }
-        let word =
-            |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+=".contains(&b)) && !text.is_empty();
-        for (what, text) in [("machine type", &request.machine), ("CPU model", &request.cpu)] {
+        let word = |text: &str, also: &[u8]| {
+            text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+=".contains(&b) || also.contains(&b))
+                && !text.is_empty()
+        };
+        // Features of a CPU follow its name after commas, and nothing else can: it is an argument of its own.
+        for (what, text, also) in [("machine type", &request.machine, &b""[..]), ("CPU model", &request.cpu, &b","[..])]
+        {
             if let Some(text) = text
-                && !word(text)
+                && !word(text, also)
             {
                 return bad(
                     format!("'{}' is no {what}", shown(text)),
@@ -362,6 +366,7 @@ impl Daemon {
         if running.process.spec().disk.is_some() || running.process.spec().volumes > 0 {
             tokio::spawn(Self::watch_disk(running.clone()));
         }
+        tokio::spawn(self.clone().watch_resets(running.clone()));
         let (daemon, watched) = (self.clone(), running.clone());
         tokio::spawn(async move {
             let exit = watched.process.wait_exit().await;
@@ -371,6 +376,19 @@ impl Daemon {
             }
         });
         running
+    }
+
+    /// Tells a guest that boots anew who it is, for as long as its QEMU lives.
+    async fn watch_resets(self: Arc<Self>, running: Arc<Running>) {
+        loop {
+            tokio::select! {
+                () = running.process.reset() => {}
+                _ = running.process.wait_exit() => return,
+            }
+            tracing::info!(vm = %running.id, "the guest boots anew");
+            let (daemon, running) = (self.clone(), running.clone());
+            tokio::spawn(async move { daemon.greet_again(&running).await });
+        }
     }
 
     /// A VM's QEMU has ended by itself.
@@ -572,12 +590,16 @@ impl Daemon {
         let mut records: Vec<_> = self.store.read(|s| s.vms.values().cloned().collect());
         records.sort_by_key(|vm| (vm.created_unix_ms, vm.clone_number, vm.id));
         let stalls = if records.iter().any(|vm| vm.attached) { self.stalls().await } else { Vec::new() };
+        let disks = self.remote_disks(&records).await;
         records
             .iter()
             .map(|vm| {
                 let stalled =
                     stalls.iter().find(|(id, family, _)| *id == Some(vm.id) || (id.is_none() && *family == vm.family));
-                self.info_of(vm, stalled.map(|(_, _, reason)| reason.clone()))
+                let stalled = stalled.map(|(_, _, reason)| reason.clone());
+                let disk =
+                    || vm.disk.as_ref().and_then(|disk| stalled_disk(disks.get(&disk.frozen.origin.as_ref()?.disk)?));
+                self.info_of(vm, stalled.or_else(disk))
             })
             .collect()
     }
@@ -608,7 +630,8 @@ impl Daemon {
             Some(Err(reason)) => Some(reason),
             None => None,
         };
-        Ok(self.info_of(&record, stalled))
+        let disk = self.remote_disk(&record).await;
+        Ok(self.info_of(&record, stalled.or_else(|| stalled_disk(&disk?))))
     }
 
     async fn pager_report(&self, vm: &VmRecord) -> Option<Result<StatsReport, String>> {
@@ -677,6 +700,8 @@ impl Daemon {
         if let Some(vm) = &mine {
             stalled.clone_from(&vm.stalled);
         }
+        let disk = self.remote_disk(&record).await;
+        let stalled = stalled.or_else(|| stalled_disk(disk.as_ref()?));
         let running = self.running(record.id);
         let memory = match (&mine, &running) {
             (Some(vm), _) => Some(memory_of(vm)),
@@ -687,6 +712,7 @@ impl Daemon {
             memory,
             pager: mine.as_ref().map_or_else(Counters::default, crate::metrics::vm_counters),
             timeline: running.and_then(|r| lock(&r.timeline).clone()),
+            disk: disk.as_ref().map(|disk| crate::metrics::disk_counters([disk])),
             vm: self.info_of(&record, stalled.clone()),
             stalled,
         })
@@ -732,6 +758,11 @@ impl Daemon {
         let _ = fs::remove_dir_all(self.config.checkpoints());
         tracing::info!(ms = begin.elapsed().as_millis(), "all VMs and pagers have ended");
     }
+}
+
+/// Why readers of a disk of another host wait.
+fn stalled_disk(disk: &ramet_disk::control::DiskStatus) -> Option<String> {
+    disk.stalled.as_ref().map(|stalled| format!("its disk waits for another host: {}", stalled.reason))
 }
 
 fn no_disk(image: &str) -> ApiError {

@@ -470,6 +470,9 @@ pub struct VmStats {
     pub stalled: Option<String>,
     /// The pager's counters of this VM.
     pub pager: Counters,
+    /// Counters of the other host's frozen disk that its disk lies over, when it does: shared by all VMs here over it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Counters>,
     /// How its last fork or start went, phase by phase.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeline: Option<Timeline>,

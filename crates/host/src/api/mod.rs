@@ -2,8 +2,8 @@
 
 mod checkpoints;
 mod hosts;
-pub mod openapi;
 mod networks;
+pub mod openapi;
 mod peer;
 mod server;
 mod upgrade;
