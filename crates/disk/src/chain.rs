@@ -25,6 +25,9 @@ pub enum ChainError {
     /// Neither a golden image nor an overlay.
     #[error("The chain has no files: name its golden image or its overlays")]
     Empty,
+    /// A golden image and a frozen disk of another host.
+    #[error("The chain has two bases: name either a golden image or an origin")]
+    TwoBases,
     /// Too many overlays.
     #[error("The chain has {layers} overlays, the limit is {MAX_LAYERS}: flatten it (`block-stream`)")]
     TooDeep {
@@ -136,17 +139,27 @@ impl ChainPaths {
         if self.layers.len() > MAX_LAYERS {
             return Err(ChainError::TooDeep { layers: self.layers.len() });
         }
-        if self.golden.is_none() && self.layers.is_empty() {
-            return Err(ChainError::Empty);
+        match (&self.golden, &self.origin) {
+            (Some(_), Some(_)) => return Err(ChainError::TwoBases),
+            (None, None) if self.layers.is_empty() => return Err(ChainError::Empty),
+            _ => {}
+        }
+        let missing = |path: &Path| {
+            let path = path.to_owned();
+            |source| ChainError::File { path, source }
+        };
+        if let Some(socket) = &self.origin {
+            fs::metadata(socket).map_err(missing(socket))?;
+            text(socket)?;
         }
         for path in self.files() {
-            fs::File::open(path).map_err(|source| ChainError::File { path: path.to_owned(), source })?;
+            fs::File::open(path).map_err(missing(path))?;
             text(path)?;
         }
         Ok(())
     }
 
-    /// All files, lowest first.
+    /// All files but a socket, lowest first.
     fn files(&self) -> impl Iterator<Item = &Path> {
         self.golden.iter().chain(&self.layers).map(PathBuf::as_path)
     }
@@ -158,11 +171,24 @@ impl ChainPaths {
     /// [`ChainError::Path`].
     pub fn nodes(&self, prefix: &str) -> Result<Vec<Value>, ChainError> {
         let mut nodes = Vec::new();
-        let count = self.files().count();
         let mut below = Value::Null;
-        for (number, path) in self.files().enumerate() {
+        let above = usize::from(self.origin.is_some());
+        let count = above + self.files().count();
+        let name = |number: usize| match number + 1 == count {
+            true => format!("{prefix}-top"),
+            false => format!("{prefix}-{number}"),
+        };
+        if let Some(socket) = &self.origin {
+            let name = name(0);
+            nodes.push(json!({
+                "node-name": name, "driver": "nbd", "read-only": true, "force-share": true, "export": "",
+                "server": {"type": "unix", "path": text(socket)?},
+            }));
+            below = Value::String(name);
+        }
+        for (number, path) in (above..).zip(self.files()) {
             let raw = number == 0 && self.golden.is_some();
-            let name = if number + 1 == count { format!("{prefix}-top") } else { format!("{prefix}-{number}") };
+            let name = name(number);
             let mut node = json!({
                 "node-name": name, "driver": if raw { "raw" } else { "qcow2" },
                 "read-only": true, "force-share": true, "cache": {"direct": false},
@@ -183,7 +209,7 @@ impl ChainPaths {
         Ok(nodes)
     }
 
-    /// The overlays without the golden image, as a file name for `qemu-img`.
+    /// The overlays without what lies below them, as a file name for `qemu-img`.
     fn overlays(&self) -> Result<String, ChainError> {
         let mut below = Value::Null;
         for path in &self.layers {
@@ -210,24 +236,14 @@ struct Mapped {
 }
 
 /// Which pages of a frozen disk are golden, zero or data. Looks at the overlays only, so its cost grows with what they
-/// hold and not with the disk.
+/// hold and not with the disk. `origin`: the map of the chain's origin; without it all that is read from there is data.
 ///
 /// # Errors
 /// [`ChainError`].
-pub fn extents(chain: &ChainPaths) -> Result<ExtentMap, ChainError> {
+pub fn extents(chain: &ChainPaths, origin: Option<&ExtentMap>) -> Result<ExtentMap, ChainError> {
     chain.check()?;
-    let golden = match &chain.golden {
-        Some(path) => {
-            let meta = fs::metadata(path).map_err(|source| ChainError::File { path: path.clone(), source })?;
-            pages(meta.len().min(chain.size))
-        }
-        None => 0,
-    };
-    let Some(top) = chain.layers.last() else {
-        let runs = [(golden, Kind::Golden), (pages(chain.size) - golden, Kind::Zero)];
-        let path = chain.golden.clone().unwrap_or_default();
-        return ExtentMap::from_runs(chain.size, runs).map_err(|source| ChainError::Map { path, source });
-    };
+    let base = below(chain, origin)?;
+    let Some(top) = chain.layers.last() else { return Ok(base) };
     let output = Command::new("qemu-img")
         .args(["map", "-U", "--output=json"])
         .arg(chain.overlays()?)
@@ -244,15 +260,36 @@ pub fn extents(chain: &ChainPaths) -> Result<ExtentMap, ChainError> {
         return Err(failed(format!("it has {end} bytes, {} were expected", chain.size)));
     }
     let runs = mapped.iter().map(|m| (m.start, m.length, m.present, m.zero));
-    by_pages(chain.size, golden, runs).map_err(|source| ChainError::Map { path: top.clone(), source })
+    by_pages(&base, runs).map_err(|source| ChainError::Map { path: top.clone(), source })
 }
 
-/// Turns runs of bytes into runs of pages: a page that is not of one kind is data.
-fn by_pages(
-    size: u64,
-    golden: u64,
-    mapped: impl Iterator<Item = (u64, u64, bool, bool)>,
-) -> Result<ExtentMap, ExtentError> {
+/// The map of what lies below the overlays.
+fn below(chain: &ChainPaths, origin: Option<&ExtentMap>) -> Result<ExtentMap, ChainError> {
+    let map = match (&chain.origin, &chain.golden) {
+        (Some(_), _) => match origin.filter(|map| map.size() == chain.size) {
+            Some(map) => Ok(map.clone()),
+            None => ExtentMap::uniform(chain.size, Kind::Data),
+        },
+        (None, golden) => {
+            let size = match golden {
+                Some(path) => {
+                    let meta = fs::metadata(path).map_err(|source| ChainError::File { path: path.clone(), source });
+                    meta?.len()
+                }
+                None => 0,
+            };
+            let golden = pages(size.min(chain.size));
+            // What no overlay has is golden as far as the golden image reaches, and zero beyond.
+            ExtentMap::from_runs(chain.size, [(golden, Kind::Golden), (pages(chain.size) - golden, Kind::Zero)])
+        }
+    };
+    let path = chain.origin.as_ref().or(chain.golden.as_ref()).cloned().unwrap_or_default();
+    map.map_err(|source| ChainError::Map { path, source })
+}
+
+/// Turns runs of bytes into runs of pages: a page that is not of one kind is data. What is in no overlay is as in `base`.
+fn by_pages(base: &ExtentMap, mapped: impl Iterator<Item = (u64, u64, bool, bool)>) -> Result<ExtentMap, ExtentError> {
+    let size = base.size();
     let mut runs: Vec<(u64, Kind)> = Vec::new();
     let mut covered = 0;
     let mut push = |end: u64, kind: Kind| {
@@ -265,17 +302,15 @@ fn by_pages(
     let mut open: Option<(u64, Kind)> = None;
     for (start, length, present, zero) in mapped {
         let end = start + length;
-        // What no overlay has is golden as far as the golden image reaches, and zero beyond.
-        let edge = (golden * PAGE).clamp(start, end);
-        let parts = match (present, zero) {
-            (false, _) => [(start, edge, Kind::Golden), (edge, end, Kind::Zero)],
-            (true, true) => [(start, end, Kind::Zero), (end, end, Kind::Zero)],
-            (true, false) => [(start, end, Kind::Data), (end, end, Kind::Data)],
+        let below = base
+            .between(start / PAGE, end.div_ceil(PAGE))
+            .map(|e| ((e.start * PAGE).max(start), (e.end() * PAGE).min(end), e.kind));
+        let parts: &mut dyn Iterator<Item = (u64, u64, Kind)> = match (present, zero) {
+            (false, _) => &mut { below },
+            (true, true) => &mut std::iter::once((start, end, Kind::Zero)),
+            (true, false) => &mut std::iter::once((start, end, Kind::Data)),
         };
         for (start, end, kind) in parts {
-            if start == end {
-                continue;
-            }
             let mut first = start / PAGE;
             if let Some((page, before)) = open {
                 let kind = if before == kind { kind } else { Kind::Data };
@@ -308,23 +343,27 @@ mod tests {
         #[test]
         fn pages_of_several_kinds_are_data(
             runs in prop::collection::vec((1u64..30, 0u8..3), 1..40),
-            golden in 0u64..40,
+            base in prop::collection::vec((0u64..20, 0u8..3), 0..8),
         ) {
             let mut at = 0;
             let mut mapped = Vec::new();
             let mut model = Vec::new();
             for (sectors, kind) in runs {
                 mapped.push((at * 512, sectors * 512, kind != 0, kind == 1));
-                for sector in at..at + sectors {
-                    model.push(match kind {
-                        0 if sector / 8 < golden => Kind::Golden,
-                        0 | 1 => Kind::Zero,
-                        _ => Kind::Data,
-                    });
-                }
+                model.extend((at..at + sectors).map(|sector| (sector, kind)));
                 at += sectors;
             }
-            let map = by_pages(at * 512, golden, mapped.into_iter()).unwrap();
+            let base = base.iter().map(|&(len, k)| (len, [Kind::Golden, Kind::Zero, Kind::Data][usize::from(k)]));
+            let mut left = pages(at * 512);
+            let mut cut: Vec<_> = base.map(|(len, kind)| { let len = len.min(left); left -= len; (len, kind) }).collect();
+            cut.push((left, Kind::Golden));
+            let base = ExtentMap::from_runs(at * 512, cut).unwrap();
+            let model: Vec<Kind> = model.into_iter().map(|(sector, kind)| match kind {
+                0 => base.at(sector / 8).unwrap().kind,
+                1 => Kind::Zero,
+                _ => Kind::Data,
+            }).collect();
+            let map = by_pages(&base, mapped.into_iter()).unwrap();
             for (page, sectors) in model.chunks(8).enumerate() {
                 let wanted = if sectors.iter().all(|k| *k == sectors[0]) { sectors[0] } else { Kind::Data };
                 prop_assert_eq!(map.at(page as u64).unwrap().kind, wanted, "page {}", page);
@@ -334,7 +373,8 @@ mod tests {
 
     #[test]
     fn a_chain_names_its_nodes_from_below() {
-        let chain = ChainPaths { size: 512, golden: Some("/g".into()), layers: vec!["/1".into(), "/2".into()] };
+        let chain =
+            ChainPaths { size: 512, golden: Some("/g".into()), origin: None, layers: vec!["/1".into(), "/2".into()] };
         let nodes = chain.nodes("n").unwrap();
         let names: Vec<_> = nodes.iter().map(|n| n["node-name"].as_str().unwrap()).collect();
         assert_eq!(names, ["n-0", "n-1", "n-top"]);
@@ -342,6 +382,12 @@ mod tests {
         assert_eq!(nodes[0]["driver"], "raw");
         let alone = ChainPaths { golden: None, layers: vec!["/1".into()], ..chain };
         assert_eq!(alone.nodes("n").unwrap()[0]["backing"], Value::Null);
+        let elsewhere = ChainPaths { origin: Some("/o".into()), ..alone.clone() };
+        let nodes = elsewhere.nodes("n").unwrap();
+        assert_eq!((&nodes[0]["driver"], &nodes[0]["node-name"]), (&json!("nbd"), &json!("n-0")));
+        assert_eq!((&nodes[1]["node-name"], &nodes[1]["backing"]), (&json!("n-top"), &json!("n-0")));
+        let both = ChainPaths { golden: Some("/g".into()), ..elsewhere };
+        assert!(matches!(both.check(), Err(ChainError::TwoBases)));
         assert!(matches!(ChainPaths { layers: vec![], ..alone }.check(), Err(ChainError::Empty)));
     }
 }

@@ -275,15 +275,18 @@ impl Host {
     /// # Errors
     /// When the disk is not known, or its chain cannot be read.
     pub fn extents(&self, disk: DiskId) -> Result<ExtentsReply> {
-        let frozen = match crate::lock(&self.disks).get(&disk) {
-            None => return Err(no_such(disk)),
-            Some(Entry::Remote(remote)) => {
-                let extents = remote.cache.extents.clone();
-                return Ok(ExtentsReply { size: extents.size(), extents });
+        let (frozen, origin) = {
+            let disks = crate::lock(&self.disks);
+            match disks.get(&disk) {
+                None => return Err(no_such(disk)),
+                Some(Entry::Remote(remote)) => {
+                    let extents = remote.cache.extents.clone();
+                    return Ok(ExtentsReply { size: extents.size(), extents });
+                }
+                Some(Entry::Frozen(frozen)) => (frozen.clone(), origin_map(&disks, &frozen.export().chain())),
             }
-            Some(Entry::Frozen(frozen)) => frozen.clone(),
         };
-        let extents = frozen.extents().map_err(|err| ControlError::new("internal", describe(&err)))?;
+        let extents = frozen.extents(origin.as_ref()).map_err(|err| ControlError::new("internal", describe(&err)))?;
         Ok(ExtentsReply { size: frozen.size, extents: (*extents).clone() })
     }
 
@@ -464,6 +467,15 @@ impl Disks for Host {
     fn bad_peer(&self) {
         self.bad_peers.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// The map of a chain's origin, which is a disk of another host that is served here.
+fn origin_map(disks: &BTreeMap<DiskId, Entry>, chain: &ChainPaths) -> Option<ExtentMap> {
+    let socket = chain.origin.as_deref()?;
+    disks.values().find_map(|entry| match entry {
+        Entry::Remote(remote) if remote.server.path() == socket => Some(remote.cache.extents.clone()),
+        _ => None,
+    })
 }
 
 fn tidy(host: &Weak<Host>, idle: Duration) {

@@ -65,16 +65,16 @@ impl Frozen {
         &self.export
     }
 
-    /// Its map; made the first time.
+    /// Its map; made the first time. `origin`: the map of its chain's origin, if that is known.
     ///
     /// # Errors
     /// [`chain::ChainError`].
-    pub fn extents(&self) -> Result<Arc<ExtentMap>, chain::ChainError> {
+    pub fn extents(&self, origin: Option<&ExtentMap>) -> Result<Arc<ExtentMap>, chain::ChainError> {
         let mut extents = crate::lock(&self.extents);
         if let Some(extents) = &*extents {
             return Ok(extents.clone());
         }
-        let made = Arc::new(chain::extents(&self.export.chain())?);
+        let made = Arc::new(chain::extents(&self.export.chain(), origin)?);
         *extents = Some(made.clone());
         Ok(made)
     }

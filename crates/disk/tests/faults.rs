@@ -334,7 +334,7 @@ fn an_idle_export_ends_and_comes_back() {
         assert_eq!((export.pid(), exports(dir.path())), (None, 0));
     }
     // A file that is no overlay: an error that says what is wrong.
-    let broken = ramet_disk::ChainPaths { size: 4 * MIB, golden: None, layers: vec![chain.raw.clone()] };
+    let broken = ramet_disk::ChainPaths { size: 4 * MIB, golden: None, origin: None, layers: vec![chain.raw.clone()] };
     let export = Export::new(DiskId::random(), broken, &stem);
     let err = export.read(0, &mut bytes).unwrap_err().to_string();
     assert!(err.contains("qcow2"), "{err}");

@@ -102,7 +102,7 @@ fn a_frozen_disk_is_right_while_its_vm_goes_on_and_a_clone_writes_over_it() {
         let (below, above) = (format!("r{number}"), format!("r{}", number + 1));
         parent.add(&above, &paths[number + 1], Value::Null);
         parent.ask("blockdev-snapshot", json!({"node": below, "overlay": above}));
-        let chain = ChainPaths { size, golden: Some(golden.clone()), layers: paths[..=number].to_vec() };
+        let chain = ChainPaths { size, golden: Some(golden.clone()), origin: None, layers: paths[..=number].to_vec() };
         let disk = DiskId::random();
         world.a.ask(&ramet_disk::control::Request::FrozenAdd { disk, chain }).unwrap();
         let extents = world.a.extents(disk);

@@ -128,7 +128,7 @@ fn hostile_clients_and_requests_do_no_harm() {
     assert_eq!(code(&world, &Request::Extents { disk }), "no_such_disk");
     let frozen = |disk, chain: &ChainPaths| Request::FrozenAdd { disk, chain: chain.clone() };
     assert_eq!(code(&world, &frozen(world.disk, &world.chain.paths)), "exists");
-    let gone = ChainPaths { size: 4 * MIB, golden: None, layers: vec!["/nowhere".into()] };
+    let gone = ChainPaths { size: 4 * MIB, golden: None, origin: None, layers: vec!["/nowhere".into()] };
     assert_eq!(code(&world, &frozen(disk, &gone)), "bad_request");
     // The same again is no error; at its own host, its files may have moved.
     world.a.ask(&frozen(world.disk, &world.chain.paths)).unwrap();
@@ -191,4 +191,57 @@ fn figures() {
     let begin = Instant::now();
     client.read(32 << 20, &mut all).unwrap();
     eprintln!("32 MiB again: {:?}", begin.elapsed());
+}
+
+#[test]
+fn a_disk_over_one_of_another_host_goes_on_to_a_third_and_back() {
+    let world = World::new(8 * MIB + 512, 6 * MIB + 1024, 2, 63);
+    let here = world.golden();
+    // What a clone on the second host wrote over the first one's disk.
+    let socket = world.b.add_remote(world.disk, &world.extents, Some(&here), &[world.a.address()]);
+    let mut truth = world.chain.truth.clone();
+    let layer = world.dir.path().join("clone.qcow2");
+    Templates::new(world.dir.path().join("templates")).create(&layer, 8 * MIB + 512).unwrap();
+    let target = format!(
+        r#"json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{}"}},"backing":{{"driver":"nbd","export":"","server":{{"type":"unix","path":"{}"}}}}}}"#,
+        layer.display(),
+        socket.display()
+    );
+    let mut command = Command::new("qemu-io");
+    for (at, len, pattern) in [(0, 2048, 7), (3 * MIB - 512, 70_144, 8), (8 * MIB, 512, 9)] {
+        command.args(["-c", &format!("write -q -P {pattern} {at} {len}")]);
+        truth[at as usize..][..len as usize].fill(pattern);
+    }
+    run(command.arg(target));
+    let paths = ChainPaths { size: 8 * MIB + 512, golden: None, origin: Some(socket), layers: vec![layer] };
+    let second = DiskId::random();
+    world.b.ask(&Request::FrozenAdd { disk: second, chain: paths.clone() }).unwrap();
+    let extents = world.b.extents(second);
+    let bytes = |kind| (world.extents.bytes(kind), extents.bytes(kind));
+    let (golden, data) = (bytes(Kind::Golden), bytes(Kind::Data));
+    assert!(golden.1 > golden.0 / 2 && data.1 < data.0 + 128 * 1024, "what is golden stays so: {golden:?} {data:?}");
+
+    let mut world = World { chain: support::Chain { truth, ..world.chain }, ..world };
+    fs::write(&world.chain.raw, &world.chain.truth).unwrap();
+    let c = world.process("c", world.family);
+    for (host, golden) in [(&c, Some(here.as_path())), (&world.a, None)] {
+        let socket = host.add_remote(second, &extents, golden, &[world.b.address()]);
+        world.compare(&socket);
+        world.convert(&socket);
+    }
+    assert_eq!(c.status(second).fetched_bytes, extents.bytes(Kind::Data));
+    // It is on record; and without the origin's map all is right, too.
+    world.b.restart();
+    assert!(world.b.extents(second) == extents);
+    let third = DiskId::random();
+    let moved = world.dir.path().join("moved.nbd");
+    fs::hard_link(paths.origin.as_ref().unwrap(), &moved).unwrap();
+    let chain = ChainPaths { origin: Some(moved), ..paths.clone() };
+    world.b.ask(&Request::FrozenAdd { disk: third, chain }).unwrap();
+    let unknown = world.b.extents(third);
+    assert_eq!(unknown.bytes(Kind::Golden), 0);
+    let socket = c.add_remote(third, &unknown, Some(&here), &[world.b.address()]);
+    world.compare(&socket);
+    let gone = ChainPaths { origin: Some("/nowhere".into()), ..paths };
+    assert_eq!(code(&world, &Request::FrozenAdd { disk: DiskId::random(), chain: gone }), "bad_request");
 }

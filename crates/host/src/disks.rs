@@ -9,14 +9,16 @@ use std::{
     fs, io,
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
+    pin::Pin,
     sync::{Arc, Mutex, atomic::Ordering},
+    task::Poll,
     time::Duration,
 };
 
 use ramet_client::api::{ErrorCode, PeerDisk, PeerGolden};
 use ramet_disk::{
     ChainPaths, DiskId,
-    control::{ExtentsReply, FrozenReply, RemoteReply, Request, SourceAddress, StatusReply},
+    control::{DiskStatus, ExtentsReply, FrozenReply, RemoteReply, Request, SourceAddress, StatusReply},
     overlay::Templates,
 };
 use ramet_memory::{ByteSize, FamilyId, VmId};
@@ -41,13 +43,15 @@ const CALL: Duration = Duration::from_secs(30);
 /// How soon a VM whose disk failed is continued.
 const RETRY: Duration = Duration::from_millis(300);
 
+type BoxFuture<'a> = Pin<Box<dyn Future<Output = String> + Send + 'a>>;
+
 /// What the daemon keeps about disks.
 #[derive(Debug)]
 pub(crate) struct Disks {
     templates: Arc<Templates>,
     /// Golden images that were found, by hash.
     golden: Mutex<HashMap<String, PathBuf>>,
-    /// Overlays that are on no record yet.
+    /// Overlays, and disks of other hosts, that are on no record yet.
     making: Mutex<BTreeSet<DiskId>>,
 }
 
@@ -77,7 +81,7 @@ impl Daemon {
         self.family_disks(family).join(format!("{disk}.qcow2"))
     }
 
-    /// An overlay is on record from now on, or its file is gone.
+    /// A disk is on record from now on, or it is gone.
     pub(crate) fn overlay_settled(&self, disk: DiskId) {
         lock(&self.disks.making).remove(&disk);
     }
@@ -202,6 +206,8 @@ impl Daemon {
     /// After the daemon's restart: the daemon before may have died between the freezing and its record.
     pub(crate) async fn find_disk_again(self: &Arc<Self>, running: &Arc<Running>, vm: &VmRecord) {
         let Some(disk) = &vm.disk else { return };
+        // Nobody waits for its end any more, and no checkpoint could be taken before that.
+        let _ = running.process.stop_flattening().await;
         let Ok(node) = running.process.disk_node().await else { return };
         if node == DiskChain::node(&self.overlay_path(vm.family, disk.active)) {
             return;
@@ -230,13 +236,22 @@ impl Daemon {
     pub(crate) fn flatten_behind(self: &Arc<Self>, running: &Arc<Running>) {
         let layers =
             |d: &Self, vm: VmId| d.store.read(|s| s.vms.get(&vm)?.disk.as_ref().map(|d| d.frozen.layers.clone()));
-        let Some(merged) = layers(self, running.id).filter(|l| l.len() >= FLATTEN_AT) else { return };
-        if running.flattening.swap(true, Ordering::AcqRel) {
+        if layers(self, running.id).is_none_or(|l| l.len() < FLATTEN_AT)
+            || running.flattening.swap(true, Ordering::AcqRel)
+        {
             return;
         }
         let (daemon, running) = (self.clone(), running.clone());
         tokio::spawn(async move {
-            let flat = running.process.flatten_disk().await;
+            // Not beside a checkpoint: it would merge into an overlay that is frozen by then.
+            let held = busy(Some(&running)).await;
+            let merged = layers(&daemon, running.id).unwrap_or_default();
+            let begun = running.process.flatten_disk().await;
+            drop(held);
+            let flat = match begun {
+                Ok(merging) => merging.await,
+                Err(err) => Err(err),
+            };
             running.flattening.store(false, Ordering::Release);
             match flat {
                 Ok(()) => {
@@ -265,8 +280,12 @@ impl Daemon {
 
     /// Continues a VM that stands still because its disk failed, again and again, until it goes on.
     pub(crate) async fn watch_disk(running: Arc<Running>) {
+        let mut next = listening(running.process.disk_failure()).await;
+        // It may have failed before anybody listened, as under the daemon before.
+        let mut failed = running.process.query_status().await.is_ok_and(|status| status == "io-error");
         loop {
-            let why = running.process.disk_failure().await;
+            let why = if failed { "its disk can't be used".to_owned() } else { next.await };
+            failed = false;
             tracing::warn!(vm = %running.id, why, "the VM's disk failed; it waits");
             *lock(&running.disk_trouble) = Some(why);
             loop {
@@ -278,14 +297,17 @@ impl Daemon {
                 if running.paused.load(Ordering::Acquire) {
                     continue;
                 }
-                let failed = running.process.disk_failure();
-                tokio::pin!(failed);
+                // It may fail again at once.
+                let mut failure = listening(running.process.disk_failure()).await;
                 if running.process.cont().await.is_err() {
                     continue;
                 }
                 tokio::select! {
-                    why = &mut failed => *lock(&running.disk_trouble) = Some(why),
-                    () = tokio::time::sleep(RETRY) => break,
+                    why = &mut failure => *lock(&running.disk_trouble) = Some(why),
+                    () = tokio::time::sleep(RETRY) => {
+                        next = failure;
+                        break;
+                    }
                 }
             }
             *lock(&running.disk_trouble) = None;
@@ -338,7 +360,7 @@ impl Daemon {
         }))
     }
 
-    /// Has this host serve another host's frozen disk to its QEMUs.
+    /// Has this host serve another host's frozen disk to its QEMUs. Not forgotten until [`Daemon::overlay_settled`].
     pub(crate) async fn import_disk(&self, family: FamilyId, host: &str, offer: &PeerDisk) -> ApiResult<FrozenDisk> {
         let bad = |what: String| ApiError::new(ErrorCode::BadRequest, format!("The checkpoint's disk: {what}"));
         let disk: DiskId = offer.disk.parse().map_err(|e: ramet_memory::IdError| bad(e.to_string()))?;
@@ -355,7 +377,9 @@ impl Daemon {
         // Without the image here, its part is fetched like the rest.
         let here = self.golden_file(&golden).await.ok();
         let request = Request::RemoteAdd { disk, size: offer.size, golden: here, extents, sources };
-        let reply: RemoteReply = self.ask_disk_server(&server, &request).await?;
+        lock(&self.disks.making).insert(disk);
+        let reply: ApiResult<RemoteReply> = self.ask_disk_server(&server, &request).await;
+        let reply = reply.inspect_err(|_| self.overlay_settled(disk))?;
         let origin = Some(Origin { disk, socket: reply.socket });
         Ok(FrozenDisk { size: ByteSize(offer.size), golden, origin, layers: Vec::new(), volumes })
     }
@@ -366,11 +390,31 @@ impl Daemon {
         server.control.call(&Request::Status, true, Duration::from_secs(1)).await.ok()
     }
 
+    /// The disk of another host that a VM's lies over, if it does.
+    pub(crate) async fn remote_disk(&self, vm: &VmRecord) -> Option<DiskStatus> {
+        let origin = vm.disk.as_ref()?.frozen.origin.as_ref()?.disk;
+        self.remote_disks(std::slice::from_ref(vm)).await.remove(&origin)
+    }
+
+    /// The disks of other hosts that living VMs' disks lie over.
+    pub(crate) async fn remote_disks(&self, vms: &[VmRecord]) -> HashMap<DiskId, DiskStatus> {
+        let over = |vm: &&VmRecord| vm.alive() && vm.disk.as_ref().is_some_and(|d| d.frozen.origin.is_some());
+        let families: BTreeSet<_> = vms.iter().filter(over).map(|vm| vm.family).collect();
+        let mut disks = HashMap::new();
+        for family in families {
+            let status = self.disk_server_status(family).await.unwrap_or_default();
+            disks.extend(status.disks.into_iter().map(|disk| (disk.disk, disk)));
+        }
+        disks
+    }
+
     /// Has the family's server forget disks that no record has any more.
     async fn forget_served(&self, family: FamilyId) {
         let Some(status) = self.disk_server_status(family).await else { return };
+        // What is no longer being made is on record, or needed by nobody.
+        let making = lock(&self.disks.making).clone();
         let needed = self.store.read(|s| served(s, family));
-        for disk in status.disks.iter().map(|d| d.disk).filter(|d| !needed.contains(d)) {
+        for disk in status.disks.iter().map(|d| d.disk).filter(|d| !needed.contains(d) && !making.contains(d)) {
             if let Some(server) = self.disk_servers.get(family) {
                 let dropped: ApiResult<serde_json::Value> =
                     self.ask_disk_server(&server, &Request::Drop { disk }).await;
@@ -419,6 +463,15 @@ impl Daemon {
                 None => {}
             }
         }
+    }
+}
+
+/// Polls it once, so that it hears what happens from now on.
+async fn listening<'a>(mut failure: BoxFuture<'a>) -> BoxFuture<'a> {
+    let heard = std::future::poll_fn(|context| Poll::Ready(failure.as_mut().poll(context))).await;
+    match heard {
+        Poll::Ready(why) => Box::pin(std::future::ready(why)),
+        Poll::Pending => failure,
     }
 }
 

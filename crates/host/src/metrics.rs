@@ -7,6 +7,7 @@ use std::{
 };
 
 use ramet_client::api::{Counters, HostStats, LatencySummary, PagerInfo};
+use ramet_disk::control::{DiskKind, DiskStatus};
 use ramet_pager::control::{ImageReport, Latency, SourceReport, StatsReport, VmReport};
 
 use crate::{daemon::Daemon, stats::Stats};
@@ -87,6 +88,27 @@ fn pager_counters(report: &StatsReport) -> Counters {
     }
 }
 
+/// Counters of frozen disks.
+pub(crate) fn disk_counters<'a>(disks: impl IntoIterator<Item = &'a DiskStatus>) -> Counters {
+    let disks: Vec<_> = disks.into_iter().collect();
+    let sum = |of: fn(&DiskStatus) -> u64| disks.iter().map(|&d| of(d)).sum();
+    Counters {
+        values: values([
+            ("frozen_disks", sum(|d| u64::from(d.kind == DiskKind::Frozen))),
+            ("remote_disks", sum(|d| u64::from(d.kind == DiskKind::Remote))),
+            ("fetched_bytes", sum(|d| d.fetched_bytes)),
+            ("cached_bytes", sum(|d| d.cached_bytes)),
+            ("golden_bytes", sum(|d| d.golden_bytes)),
+            ("served_bytes", sum(|d| d.served_bytes)),
+            ("requests", sum(|d| d.requests)),
+            ("damaged_pages", sum(|d| d.damaged_pages)),
+            ("waiting", sum(|d| d.waiting)),
+            ("stalled", sum(|d| u64::from(d.stalled.is_some()))),
+        ]),
+        latencies: BTreeMap::new(),
+    }
+}
+
 impl Daemon {
     /// `GET /v1/stats`.
     pub async fn host_stats(&self) -> HostStats {
@@ -100,6 +122,7 @@ impl Daemon {
                 counters: Counters::default(),
                 vms: BTreeMap::new(),
                 images: BTreeMap::new(),
+                disk: self.disk_server_status(pager.family).await.map(|status| disk_counters(&status.disks)),
             };
             match report {
                 Ok(report) => {
@@ -208,6 +231,9 @@ fn render(host: &HostStats, phases: &Stats, names: &BTreeMap<String, String>) ->
     }
     let pagers: Vec<_> = families.iter().map(|(p, family)| (vec![("family", family.as_str())], &p.counters)).collect();
     group(&mut text, "ramet_pager", &pagers);
+    let disks: Vec<_> =
+        families.iter().filter_map(|(p, f)| Some((vec![("family", f.as_str())], p.disk.as_ref()?))).collect();
+    group(&mut text, "ramet_disk", &disks);
     let vms: Vec<_> = host
         .pagers
         .iter()
@@ -245,6 +271,7 @@ mod tests {
             counters: Counters { values: values([("served_pages", 9)]), latencies: BTreeMap::new() },
             vms: [(vm.to_owned(), counters(7))].into(),
             images: BTreeMap::new(),
+            disk: Some(Counters { values: values([("fetched_bytes", 5)]), latencies: BTreeMap::new() }),
         };
         let host = HostStats {
             host: "h1".to_owned(),
@@ -256,6 +283,7 @@ mod tests {
         let text = render(&host, &phases, &names);
         assert_eq!(text.matches("# TYPE ramet_vm_missing_faults gauge").count(), 1, "{text}");
         assert!(text.contains("ramet_vm_missing_faults{vm=\"aa\",name=\"we\\\"b\"} 7\n"), "{text}");
+        assert_eq!(text.matches("\nramet_disk_fetched_bytes{family=").count(), 2, "{text}");
         assert!(text.contains("ramet_events_total{event=\"forks\"} 4\n"));
         assert!(text.contains("ramet_vm_local_fault_seconds_sum{vm=\"bb\",name=\"\"} 0.00002\n"), "{text}");
         assert!(text.contains("ramet_phase_seconds_count{phase=\"clone_load\"} 1\n"));

@@ -56,6 +56,11 @@ impl Daemon {
                 if let Err(err) = daemon.pager(family).await {
                     tracing::error!("{err}");
                 }
+                // Only a family of which a disk was served to, or by, another host has one.
+                let serves = daemon.config.disk_servers().join(family.to_string()).exists();
+                if serves && let Err(err) = daemon.disk_servers.ensure(family).await {
+                    tracing::error!("{err:#}");
+                }
             }
         }))
         .await;
@@ -282,7 +287,7 @@ impl Daemon {
                 let _ = fs::remove_dir_all(&path);
             }
         }
-        for path in entries(&self.config.pages()) {
+        for path in entries(&self.config.pages()).into_iter().chain(entries(&self.config.disk_servers())) {
             let family = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse::<FamilyId>().ok());
             if family.is_none_or(|f| !families.contains(&f)) {
                 tracing::warn!(dir = %path.display(), "removing what is left of a family");

@@ -58,6 +58,9 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     async fn kill(&self, dir: &Path) -> Result<(), VmmError>;
 }
 
+/// The merging of a disk's layers: see [`VmProcess::flatten_disk`].
+pub type Flattening<'a> = std::pin::Pin<Box<dyn Future<Output = Result<(), VmmError>> + Send + 'a>>;
+
 /// A running VMM. Dropping it leaves the VM running.
 #[async_trait]
 pub trait VmProcess: fmt::Debug + Send + Sync {
@@ -104,12 +107,14 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`VmmError`].
     async fn disk_node(&self) -> Result<String, VmmError>;
-    /// Copies everything between the active overlay and the base, or the whole chain where there is no base, into the
-    /// active overlay while the guest runs, and closes what is not needed any more. Returns when that is done.
+    /// Begins to copy everything between the active overlay and the base, or the whole chain where there is no base, into
+    /// the active overlay while the guest runs. Not to be called while a state is saved, which may freeze that overlay.
+    /// What it returns waits for the end, closes what is not needed any more, and fails when it was stopped: what was
+    /// copied until then does no harm.
     ///
     /// # Errors
-    /// [`VmmError`]; what was copied until then does no harm.
-    async fn flatten_disk(&self) -> Result<(), VmmError>;
+    /// [`VmmError`].
+    async fn flatten_disk(&self) -> Result<Flattening<'_>, VmmError>;
     /// Ends a [`VmProcess::flatten_disk`] under way; it then fails. Nothing happens when there is none.
     ///
     /// # Errors

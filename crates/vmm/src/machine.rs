@@ -224,18 +224,21 @@ pub(crate) fn arguments(spec: &MachineSpec, boot: &Boot, paths: &VmPaths, sandbo
         }
         AgentPort::IsaSerial => add("-device", "isa-serial,chardev=agent,index=1".to_owned()),
     }
-    if let Some(size) = spec.disk {
-        // A disk of nothing, until the real one is attached. An I/O thread: a request that needs a missing page of the
-        // guest's memory must not hold up the machine protocol.
-        add("-blockdev", format!("driver=null-co,node-name=nothing,size={},read-zeroes=on", size.bytes()));
+    if spec.disk.is_some() || spec.volumes > 0 {
+        // A request that needs a missing page of the guest's memory must not hold up the machine protocol.
         add("-object", "iothread,id=io0".to_owned());
+    }
+    if let Some(size) = spec.disk {
+        // A disk of nothing, until the real one is attached.
+        add("-blockdev", format!("driver=null-co,node-name=nothing,size={},read-zeroes=on", size.bytes()));
         let errors = "rerror=stop,werror=stop";
         add("-device", format!("virtio-blk-pci,id=disk0,drive=nothing,addr=0x4,iothread=io0,{errors}"));
     }
     for index in 0..spec.volumes {
         add("-blockdev", format!("driver=null-co,node-name=novolume{index},size=4096,read-zeroes=on,read-only=on"));
         let addr = VOLUMES + index;
-        add("-device", format!("virtio-blk-pci,id=volume{index},drive=novolume{index},addr={addr:#x},rerror=stop"));
+        let more = format!("addr={addr:#x},iothread=io0,rerror=stop");
+        add("-device", format!("virtio-blk-pci,id=volume{index},drive=novolume{index},{more}"));
     }
     if spec.is_q35() {
         for index in 0..spec.nics {

@@ -10,7 +10,8 @@
 //! is writing bytes and waiting for the word that they were understood.
 
 use crate::{
-    Base, Boot, DiskChain, ExitInfo, MachineSpec, Nic, Resumed, SavedState, VmPaths, VmProcess, Vmm, VmmError, devices,
+    Base, Boot, DiskChain, ExitInfo, Flattening, MachineSpec, Nic, Resumed, SavedState, VmPaths, VmProcess, Vmm,
+    VmmError, devices,
     machine::arguments,
     process::{Process, start_time},
     qmp::{Event, Qmp},
@@ -415,6 +416,44 @@ impl QemuProcess {
         }
     }
 
+    /// Waits for the end of the merging of layers, and closes those that were merged.
+    async fn flattened(&self, mut events: broadcast::Receiver<Event>, below: Vec<String>) -> Result<(), VmmError> {
+        let ended = async {
+            loop {
+                match events.recv().await {
+                    Ok(event) if event.data.get("device").and_then(Value::as_str) != Some(FLATTEN) => {}
+                    Ok(event) if event.name == "BLOCK_JOB_COMPLETED" => {
+                        return match event.data.get("error").and_then(Value::as_str) {
+                            Some(error) => Err(error.to_owned()),
+                            None => Ok(()),
+                        };
+                    }
+                    Ok(event) if event.name == "BLOCK_JOB_CANCELLED" => return Err("it was stopped".to_owned()),
+                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => return Err("the connection is lost".to_owned()),
+                }
+            }
+        };
+        let refused = |message| VmmError::Refused { command: "block-stream".to_owned(), message };
+        ended.await.map_err(refused)?;
+        // Uppermost first: one below another is in use until that is gone.
+        let mut left = below;
+        while !left.is_empty() {
+            let before = left.len();
+            let mut still = Vec::new();
+            for node in left {
+                if self.execute("blockdev-del", json!({ "node-name": node })).await.is_err() {
+                    still.push(node);
+                }
+            }
+            left = still;
+            if left.len() == before {
+                return Err(refused(format!("{left:?} can't be closed")));
+            }
+        }
+        Ok(())
+    }
+
     async fn state_error(&self, what: &'static str, message: String) -> VmmError {
         let info = self.execute("query-migrate", Value::Null).await.ok();
         let reason = info.as_ref().and_then(|i| i.get("error-desc")).and_then(Value::as_str);
@@ -498,57 +537,24 @@ impl VmProcess for QemuProcess {
         devices::node_of(&answer, "disk0").ok_or_else(|| devices::lacks("query-block", "disk"))
     }
 
-    async fn flatten_disk(&self) -> Result<(), VmmError> {
+    async fn flatten_disk(&self) -> Result<Flattening<'_>, VmmError> {
         let node = self.disk_node().await?;
         let below = self.nodes_below(&node).await?;
         if below.is_empty() {
-            return Ok(());
+            return Ok(Box::pin(std::future::ready(Ok(()))));
         }
         let named = self.execute("query-named-block-nodes", json!({ "flat": true })).await?;
         let has = |name: &str| {
             let names = named.as_array().into_iter().flatten().filter_map(|n| n.get("node-name")?.as_str());
             names.into_iter().any(|n| n == name)
         };
-        let mut events = self.qmp.events();
+        let events = self.qmp.events();
         let mut arguments = json!({ "job-id": FLATTEN, "device": node, "auto-dismiss": true });
         if let Some(base) = ["golden", "origin"].into_iter().find(|base| has(base)) {
             arguments["base-node"] = base.into();
         }
         self.execute("block-stream", arguments).await?;
-        let ended = async {
-            loop {
-                match events.recv().await {
-                    Ok(event) if event.data.get("device").and_then(Value::as_str) != Some(FLATTEN) => {}
-                    Ok(event) if event.name == "BLOCK_JOB_COMPLETED" => {
-                        return match event.data.get("error").and_then(Value::as_str) {
-                            Some(error) => Err(error.to_owned()),
-                            None => Ok(()),
-                        };
-                    }
-                    Ok(event) if event.name == "BLOCK_JOB_CANCELLED" => return Err("it was stopped".to_owned()),
-                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => return Err("the connection is lost".to_owned()),
-                }
-            }
-        };
-        let refused = |message| VmmError::Refused { command: "block-stream".to_owned(), message };
-        ended.await.map_err(refused)?;
-        // Uppermost first: one below another is in use until that is gone.
-        let mut left = below;
-        while !left.is_empty() {
-            let before = left.len();
-            let mut still = Vec::new();
-            for node in left {
-                if self.execute("blockdev-del", json!({ "node-name": node })).await.is_err() {
-                    still.push(node);
-                }
-            }
-            left = still;
-            if left.len() == before {
-                return Err(refused(format!("{left:?} can't be closed")));
-            }
-        }
-        Ok(())
+        Ok(Box::pin(self.flattened(events, below)))
     }
 
     async fn stop_flattening(&self) -> Result<(), VmmError> {

@@ -96,7 +96,7 @@ async fn a_disk_is_frozen_with_the_devices_and_opened_by_a_clone() {
     assert_eq!(parent.query_status().await.unwrap(), "running");
 
     parent.stop_flattening().await.unwrap();
-    parent.flatten_disk().await.unwrap();
+    parent.flatten_disk().await.unwrap().await.unwrap();
     assert_eq!(parent.disk_node().await.unwrap(), before, "the active overlay stays");
     let next = overlay(dir.path(), "last");
     parent.save_state(Some(&next)).await.unwrap();

@@ -18,7 +18,7 @@ pub(crate) async fn run(context: &Context, args: &CheckpointArgs) -> Result<()> 
             let request = CheckpointRequest {
                 note: args.note.clone(),
                 wait: args.wait,
-                quiesce: args.quiesce.request(args.no_hooks, args.hook_limit),
+                quiesce: args.quiesce.request(args.no_hooks, args.hook_limit.unwrap_or(30)),
             };
             let made = client.checkpoint(vm, &request).await?;
             context.out.show(&made, |made| {

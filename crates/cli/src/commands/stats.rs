@@ -52,6 +52,10 @@ fn of_vm(stats: &VmStats) -> String {
     }
     let mut text = output::fields(&pairs);
     text.push_str(&counters(&stats.pager));
+    if let Some(disk) = &stats.disk {
+        text.push_str("\ndisk of another host\n");
+        text.push_str(&counters(disk));
+    }
     if let Some(timeline) = &stats.timeline {
         let mut rows = Rows::new(&["PHASE", ">BEGAN", ">TOOK"]);
         for phase in &timeline.phases {
@@ -81,6 +85,10 @@ fn of_host(stats: &HostStats) -> String {
         }
         text.push('\n');
         text.push_str(&counters(&pager.counters));
+        if let Some(disk) = &pager.disk {
+            text.push_str("\ndisks\n");
+            text.push_str(&counters(disk));
+        }
     }
     text
 }

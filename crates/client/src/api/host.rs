@@ -279,6 +279,10 @@ pub struct PagerInfo {
     pub vms: BTreeMap<String, Counters>,
     /// Counters by checkpoint id.
     pub images: BTreeMap<String, Counters>,
+    /// Counters of the family's server of frozen disks, when it has one: `fetched_bytes` and `cached_bytes` of other
+    /// hosts' disks, `golden_bytes` read from images of this host, `served_bytes` to QEMUs and to other hosts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Counters>,
 }
 
 /// `GET /v1/stats`.

@@ -23,8 +23,8 @@ use std::{
     time::Duration,
 };
 
-/// Most connections at a time.
-const MAX_CLIENTS: usize = 64;
+/// Most connections at a time: more than a host has VMs.
+const MAX_CLIENTS: usize = 384;
 /// Most reads that wait at a time on one connection.
 const WORKERS: usize = 32;
 /// Bytes that are read and sent at a time.

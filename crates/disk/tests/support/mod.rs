@@ -89,7 +89,7 @@ impl Chain {
         fs::create_dir_all(dir).unwrap();
         let mut random = Random(seed);
         let mut truth = vec![0; size as usize];
-        let mut paths = ChainPaths { size, golden: None, layers: vec![] };
+        let mut paths = ChainPaths { size, golden: None, origin: None, layers: vec![] };
         if golden > 0 {
             let path = dir.join("golden.raw");
             let file = fs::File::create(&path).unwrap();
