@@ -159,7 +159,7 @@ async fn new_driver_and_new_boot(lab: &Lab, parent: &api::VmInfo, clone: &api::V
     let boot = "cat /proc/sys/kernel/random/boot_id";
     let before = sh(&home, "web", boot).await;
     let _ = home.exec_collect("web", ["sh", "-c", "echo b >/proc/sysrq-trigger"]).await;
-    until("the parent is told who it is", || async {
+    until_within(4 * LIMIT, "the parent is told who it is", || async {
         let id = home.exec_collect("web", ["sh", "-c", &format!("{boot}; cat /run/ramet/id")]).await;
         id.is_ok_and(|id| !id.text().contains(&before) && id.text().contains(&ip(parent)))
     })

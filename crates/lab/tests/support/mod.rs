@@ -87,10 +87,15 @@ pub async fn fork(client: &Client, vm: &str, count: u32, hosts: &[&str]) -> (api
 }
 
 /// Waits until it holds.
-pub async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
-    let deadline = Instant::now() + LIMIT;
+pub async fn until<F: Future<Output = bool>>(what: &str, holds: impl FnMut() -> F) {
+    until_within(LIMIT, what, holds).await;
+}
+
+/// Waits until it holds, for so long.
+pub async fn until_within<F: Future<Output = bool>>(limit: Duration, what: &str, mut holds: impl FnMut() -> F) {
+    let deadline = Instant::now() + limit;
     while !holds().await {
-        assert!(Instant::now() < deadline, "in {LIMIT:?} it did not come to pass that {what}");
+        assert!(Instant::now() < deadline, "in {limit:?} it did not come to pass that {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
