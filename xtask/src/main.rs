@@ -19,7 +19,7 @@ Usage: cargo xtask COMMAND
 
   demo [--json]                   a VM forked to eight clones on three hosts, on this machine
   test [FILTER...]                set-up, then every test of the workspace
-  bench clone|fault|color [--json] [--quick]
+  bench clone|fault|color|identity [--json] [--quick]
                                   the numbers that Ramet promises, measured side by side with their yardsticks
   setup [--release]               only the set-up: packages, build, guest images
   ci                              what CI runs: format, lints, documentation, tests
@@ -54,10 +54,11 @@ fn dispatch(args: Vec<String>) -> Result<ExitCode> {
         }
         "demo" => program(&root, "demo", rest),
         "bench" => {
-            let (name, rest) =
-                rest.split_first().context("bench what? `cargo xtask bench clone`, `... fault` or `... color`")?;
-            if !["clone", "fault", "color"].contains(&name.as_str()) {
-                bail!("No bench '{name}': there are clone, fault and color");
+            let (name, rest) = rest
+                .split_first()
+                .context("bench what? `cargo xtask bench clone`, `... fault`, `... color` or `... identity`")?;
+            if !["clone", "fault", "color", "identity"].contains(&name.as_str()) {
+                bail!("No bench '{name}': there are clone, fault, color and identity");
             }
             program(&root, name, rest)
         }

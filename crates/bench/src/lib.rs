@@ -6,5 +6,6 @@ pub mod clone;
 pub mod color;
 pub mod demo;
 pub mod fault;
+pub mod identity;
 mod qemu;
 pub mod report;

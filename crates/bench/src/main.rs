@@ -5,7 +5,7 @@ use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
-use ramet_bench::{clone, color, demo, fault, report::Report};
+use ramet_bench::{clone, color, demo, fault, identity, report::Report};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The demo and the benches of Ramet. All of them need root.
@@ -32,6 +32,18 @@ enum Command {
     Fault,
     /// Whether the colors of running guests' pages are right, what they cost, and whether free pages are.
     Color,
+    /// Whether clones are somebody of their own: addresses, random numbers, disks; and what that costs.
+    Identity {
+        /// Measure these parts only.
+        #[arg(hide = true)]
+        only: Vec<String>,
+    },
+    /// What `identity` measures in a process of its own.
+    #[command(hide = true)]
+    NetworkChild {
+        /// How many times.
+        rounds: u16,
+    },
     /// What `color` measures in a process of its own.
     #[command(hide = true)]
     ColorChild {
@@ -61,18 +73,23 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             color::child(ram, *bytes)?;
             return Ok(ExitCode::SUCCESS);
         }
-        Command::Demo | Command::Clone => {}
+        Command::NetworkChild { rounds } => {
+            identity::network_child(*rounds)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Demo | Command::Clone | Command::Identity { .. } => {}
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("Can't wait for signals")?;
         let work = async {
-            match cli.command {
+            match &cli.command {
                 Command::Demo => {
                     let shown = demo::run(cli.quick).await?;
                     print(&if cli.json { serde_json::to_string_pretty(&shown)? } else { shown.screen() })?;
                     Ok(if shown.good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
                 }
+                Command::Identity { only } => print_report(cli, &identity::run(cli.quick, only).await?),
                 _ => print_report(cli, &clone::run(cli.quick).await?),
             }
         };

@@ -79,6 +79,12 @@ pub(crate) enum Command {
     Fork(ForkArgs),
     /// Have what clones need made ready before they are asked for.
     Warm(WarmArgs),
+    /// Networks with a name, which VMs join by `ramet run --join`.
+    #[command(subcommand)]
+    Network(NetworkCommand),
+    /// Several VMs on several networks, out of one file.
+    #[command(subcommand)]
+    Topology(TopologyCommand),
     /// Hosts that clone VMs to each other.
     #[command(subcommand)]
     Host(HostCommand),
@@ -262,6 +268,9 @@ pub(crate) struct RunArgs {
     /// Limit of what goes in and out of the network, on each host, such as 100mbit.
     #[arg(long, value_name = "SPEED", value_parser = parse_rate)]
     pub(crate) rate: Option<u64>,
+    /// Join a network with a name, by a card of its own; may be repeated.
+    #[arg(long, value_name = "NETWORK")]
+    pub(crate) join: Vec<String>,
     /// Lead a port of the host to the VM: HOSTPORT:PORT, with /udp for UDP.
     #[arg(long, short, value_name = "HOSTPORT:PORT[/udp]", value_parser = parse_publish)]
     pub(crate) publish: Vec<PublishedPort>,
@@ -558,6 +567,45 @@ pub(crate) enum HostCommand {
     },
 }
 
+/// `ramet network`
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetworkCommand {
+    /// Make a network on this host.
+    Create {
+        /// Its name.
+        name: String,
+        /// What it lets out.
+        #[arg(long, default_value = "none", value_name = "KIND")]
+        network: NetworkKind,
+        /// Limit of what goes in and out of it, such as 100mbit.
+        #[arg(long, value_name = "SPEED", value_parser = parse_rate)]
+        rate: Option<u64>,
+    },
+    /// List networks with a name, and who has joined them.
+    Ls,
+    /// Remove networks that no VM has joined.
+    Rm {
+        /// Names of networks.
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+}
+
+/// `ramet topology`
+#[derive(Debug, Subcommand)]
+pub(crate) enum TopologyCommand {
+    /// Make the networks of a file and boot its VMs: all, or nothing.
+    Up {
+        /// The file (TOML): tables `[networks.NAME]` and `[vms.NAME]`.
+        file: PathBuf,
+    },
+    /// Remove the VMs of a file and its networks.
+    Down {
+        /// The file.
+        file: PathBuf,
+    },
+}
+
 /// `ramet lab`
 #[derive(Debug, Subcommand)]
 pub(crate) enum LabCommand {
@@ -607,7 +655,7 @@ fn parse_pair(text: &str) -> Result<(String, String), String> {
 }
 
 /// `8080:80`, `53:53/udp`.
-fn parse_publish(text: &str) -> Result<PublishedPort, String> {
+pub(crate) fn parse_publish(text: &str) -> Result<PublishedPort, String> {
     let wrong = || "expected HOSTPORT:PORT, such as 8080:80 or 53:53/udp".to_owned();
     let (ports, protocol) = match text.split_once('/') {
         None => (text, Protocol::Tcp),

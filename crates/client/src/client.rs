@@ -235,6 +235,32 @@ impl Client {
         Ok(FileStream { body: response.into_body(), target: self.target() })
     }
 
+    // --------------------------------------------------------------------------------------------------- networks
+
+    /// Makes a network with a name.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn create_network(&self, request: &api::NetworkRequest) -> Result<api::NetworkInfo, Error> {
+        self.json(Method::POST, "/v1/networks", request).await
+    }
+
+    /// The networks with a name.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn networks(&self) -> Result<api::NetworkList, Error> {
+        self.get("/v1/networks").await
+    }
+
+    /// Removes a network with a name that no VM has joined.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn remove_network(&self, name: &str) -> Result<(), Error> {
+        self.none(Method::DELETE, &format!("/v1/networks/{}", quote(name))).await
+    }
+
     // ------------------------------------------------------------------------------------------------ checkpoints
 
     /// Checkpoints a VM, which goes on.

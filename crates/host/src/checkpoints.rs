@@ -186,6 +186,7 @@ impl Daemon {
             pending,
             disk: vm.disk.as_ref().map(|disk| self.freeze_disk(vm.family, disk)),
             frozen,
+            joined: vm.joined.iter().map(|j| j.network).collect(),
         };
         let on_record = self.put_on_record(&pager, record, &state, next.as_ref()).await;
         if let Some(next) = &next {

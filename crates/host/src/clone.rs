@@ -28,7 +28,7 @@ use crate::{
     local::{LocalClone, NewClone},
     memory::needed_by_clones,
     names::{check_vm_name, default_clone_name, shown},
-    state::{CheckpointRecord, State, VmNic, VmRecord, now_unix_ms},
+    state::{CheckpointRecord, Joined, State, VmNic, VmRecord, now_unix_ms},
     stats::us,
     undo::Undo,
     vms::{check_free, check_ttl},
@@ -42,6 +42,8 @@ pub(crate) struct Planned {
     pub(crate) host: String,
     /// Its place in the family's network.
     pub(crate) nic: Option<VmNic>,
+    /// Its places in networks with a name.
+    pub(crate) joined: Vec<Joined>,
 }
 
 /// What the clones of one call have in common.
@@ -164,6 +166,16 @@ impl Daemon {
     async fn plan(self: &Arc<Self>, parent: &Parent, request: &CloneRequest, image: ImageId) -> ApiResult<Plan> {
         self.check_request(parent, request)?;
         let hosts = self.check_hosts(&request.hosts)?;
+        if !parent.joined.is_empty() && hosts.iter().any(|host| *host != self.config.name) {
+            return Err(ApiError::new(
+                ErrorCode::BadRequest,
+                format!(
+                    "'{}' has joined a network with a name, which is on host '{}' only",
+                    parent.name, self.config.name
+                ),
+            )
+            .remedy("clone it on this host, or boot it without --join"));
+        }
         let elsewhere: BTreeSet<String> = hosts
             .iter()
             .cycle()
@@ -196,9 +208,12 @@ impl Daemon {
         let call = VmId::random().to_string();
         let clones = self.store.update(|s| {
             let mut clones = assign(s, parent, request, &hosts, &self.config.name, &taken)?;
-            if parent.spec.nics > 0 {
-                for clone in &mut clones {
+            for clone in &mut clones {
+                if usize::from(parent.spec.nics) > parent.joined.len() {
                     clone.nic = Some(self.new_member(s, parent.family)?);
+                }
+                for network in &parent.joined {
+                    clone.joined.push(self.join(s, *network)?);
                 }
             }
             let ours: Vec<_> = clones.iter().filter(|c| c.host == self.config.name).cloned().collect();
@@ -531,6 +546,8 @@ pub(crate) struct Parent {
     pub(crate) guest: String,
     pub(crate) spec: ramet_vmm::MachineSpec,
     pub(crate) family: ramet_memory::FamilyId,
+    /// Networks with a name that it has joined.
+    pub(crate) joined: Vec<FamilyId>,
 }
 
 impl Parent {
@@ -543,6 +560,7 @@ impl Parent {
             guest: vm.guest.clone(),
             spec: vm.spec.clone(),
             family: vm.family,
+            joined: vm.joined.iter().map(|j| j.network).collect(),
         }
     }
 
@@ -555,6 +573,7 @@ impl Parent {
             guest: record.guest.clone(),
             spec: record.spec.clone(),
             family: record.family,
+            joined: record.joined.clone(),
         }
     }
 }
@@ -605,7 +624,7 @@ fn assign(
             None => default_clone_name(&parent.name, &avoid),
         };
         avoid.insert(name.clone());
-        clones.push(Planned { number, name, host: host.clone(), nic: None });
+        clones.push(Planned { number, name, host: host.clone(), nic: None, joined: Vec::new() });
     }
     Ok(clones)
 }
@@ -645,6 +664,7 @@ pub(crate) fn reserve(
             disk: None,
             nic: clone.nic.clone(),
             published: Vec::new(),
+            joined: clone.joined.clone(),
         };
         state.vms.insert(id, record);
     }
@@ -783,8 +803,13 @@ mod tests {
 
     #[test]
     fn a_failed_fork_tells_of_each_clone() {
-        let clone =
-            |number, host: &str| Planned { number, name: format!("c{number}"), host: host.to_owned(), nic: None };
+        let clone = |number, host: &str| Planned {
+            number,
+            name: format!("c{number}"),
+            host: host.to_owned(),
+            nic: None,
+            joined: Vec::new(),
+        };
         let plan = [clone(1, "h1"), clone(2, "h2")];
         let taken = ApiError::new(ErrorCode::NameTaken, "host 'h2': taken").remedy("another");
         let shares = BTreeMap::from([("h1".to_owned(), Ok(Vec::new())), ("h2".to_owned(), Err(vec![taken]))]);

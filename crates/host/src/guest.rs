@@ -31,6 +31,9 @@ use crate::{
 /// How long a guest that has answered before may take for its handshake.
 const CONNECT: Duration = Duration::from_secs(5);
 
+/// How long a guest may take to boot anew.
+const REBOOT: Duration = Duration::from_secs(600);
+
 /// An agent's error as the API tells it.
 pub(crate) fn agent_failed(vm: &str, err: &AgentError) -> ApiError {
     let message = format!("VM '{vm}': {err}");
@@ -141,7 +144,7 @@ impl Daemon {
             .map_err(|e| ApiError::internal(format!("No random numbers for '{}': {e}", vm.name)))?;
         let clone = vm.checkpoint.is_some();
         // A guest on a disk is a machine of its own; one in memory alone has no such names.
-        let somebody = vm.disk.is_some() || vm.nic.is_some();
+        let somebody = vm.disk.is_some() || vm.nics().next().is_some();
         let identity = Identity {
             clone_number: vm.clone_number,
             generation: vm.generation,
@@ -151,7 +154,10 @@ impl Daemon {
             name: vm.name.clone(),
             entropy: hex(&entropy),
             realtime_ns: unix_ns(),
-            nics: vm.nic.iter().map(|nic| self.nic_identity(vm.family, nic)).collect(),
+            nics: (0..)
+                .zip(vm.nics())
+                .map(|(index, (network, nic))| self.nic_identity(&vm, index, network, nic))
+                .collect(),
             hostname: somebody.then(|| host_name(&vm.name)),
             machine_id: somebody.then(|| vm.id.to_string()),
             ssh_host_keys: options.ssh_host_keys,
@@ -175,16 +181,22 @@ impl Daemon {
         Ok(())
     }
 
-    fn nic_identity(&self, family: FamilyId, nic: &VmNic) -> NicIdentity {
+    fn nic_identity(&self, vm: &VmRecord, index: u32, network: FamilyId, nic: &VmNic) -> NicIdentity {
         let plan = self.nets.plan();
+        let prefix = if network == vm.family { plan.prefix() } else { crate::nets::NAMED_PREFIX };
+        // One way out: by the family's network, or else by the first one.
+        let gateway = (index == 0).then(|| plan.gateway());
         NicIdentity {
-            index: 0,
+            index,
             mac: nic.member.mac.to_string(),
             ip: nic.member.ip.to_string(),
-            prefix: plan.prefix(),
-            gateway: Some(plan.gateway().ip.to_string()),
-            gateway_mac: Some(plan.gateway().mac.to_string()),
-            dns: self.name_servers_of(family).iter().map(ToString::to_string).collect(),
+            prefix,
+            gateway: gateway.map(|g| g.ip.to_string()),
+            gateway_mac: gateway.map(|g| g.mac.to_string()),
+            dns: match index {
+                0 => self.name_servers_of(network).iter().map(ToString::to_string).collect(),
+                _ => Vec::new(),
+            },
             mtu: Some(u32::from(crate::nets::MTU)),
             ..NicIdentity::default()
         }
@@ -207,8 +219,8 @@ impl Daemon {
         lap("identity");
         let vm = self.store.read(|s| s.vms.get(&running.id).cloned());
         let vm = vm.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("VM {} was removed", running.id)))?;
-        if vm.nic.is_some() {
-            let plugged = running.process.set_link(0, true).await;
+        for (index, _) in (0..).zip(vm.nics()) {
+            let plugged = running.process.set_link(index, true).await;
             plugged.map_err(|e| ApiError::failed("The network card's cable can't be plugged in", e))?;
             lap("link");
         }
@@ -241,6 +253,21 @@ impl Daemon {
         if let Err(err) = greeted {
             tracing::warn!(vm = %running.id, "{err}");
         }
+    }
+
+    /// The same to a guest that boots anew: it has forgotten all that it was told. No hooks: they are for a clone that
+    /// becomes one.
+    pub(crate) async fn greet_again(&self, running: &Running) {
+        self.store.amend(|s| {
+            if let Some(vm) = s.vms.get_mut(&running.id) {
+                vm.agent = false;
+            }
+        });
+        // Whatever waits for an answer of the agent before would wait for ever.
+        if let Some(before) = running.agent.lock().await.take() {
+            before.close();
+        }
+        self.greet(running, REBOOT, &CloneOptions { hooks: false, ..CloneOptions::default() }).await;
     }
 
     // ------------------------------------------------------------------------------------- before a checkpoint

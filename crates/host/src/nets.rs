@@ -25,12 +25,14 @@ use crate::{
     error::{ApiError, ApiResult},
     names::shown,
     peers::ask,
-    state::{FamilyNetwork, Publish, State, VmNic, VmRecord},
+    state::{FamilyNetwork, Joined, NamedNetwork, Publish, State, VmNic, VmRecord},
     stats::lock,
 };
 
 /// Bytes of the largest packet of a member: those of the fabric less what the tunnel adds.
 pub(crate) const MTU: u16 = 1450;
+/// Length of the prefix of a named network's addresses: those of one range.
+pub(crate) const NAMED_PREFIX: u8 = 18;
 /// How long another host may take to take note of members.
 const TELL: Duration = Duration::from_secs(3);
 
@@ -174,10 +176,15 @@ pub(crate) fn describe(vm: &VmRecord) -> Option<api::VmNetwork> {
     })
 }
 
-/// A family's members on this host.
-fn own_members(state: &State, family: FamilyId) -> Vec<MemberNumber> {
-    let vms = state.vms.values().filter(|vm| vm.family == family && vm.alive());
-    vms.filter_map(|vm| vm.nic.as_ref()).map(|nic| MemberNumber { range: nic.range, index: nic.index }).collect()
+/// Places in a network that VMs of this host have.
+fn places(state: &State, network: FamilyId) -> impl Iterator<Item = (&VmRecord, &VmNic)> {
+    let vms = state.vms.values().filter(|vm| vm.alive());
+    vms.flat_map(move |vm| vm.nics().filter(move |(of, _)| *of == network).map(move |(_, nic)| (vm, nic)))
+}
+
+/// A network's members on this host.
+fn own_members(state: &State, network: FamilyId) -> Vec<MemberNumber> {
+    places(state, network).map(|(_, nic)| MemberNumber { range: nic.range, index: nic.index }).collect()
 }
 
 /// A number that no member has, out of this host's range. Numbers go round, so that one is given again as late as can be.
@@ -189,8 +196,7 @@ fn free_number(
     also_taken: &[VmNic],
 ) -> ApiResult<VmNic> {
     let ours = own_members(state, family);
-    let network = state.families.get_mut(&family).and_then(|f| f.network.as_mut());
-    let network = network.ok_or_else(|| ApiError::internal("the family has no network"))?;
+    let network = state.network_mut(family).ok_or_else(|| ApiError::internal("the family has no network"))?;
     let taken = |member: Member, number: MemberNumber| {
         ours.contains(&number)
             || also_taken.iter().any(|nic| nic.member == member)
@@ -229,11 +235,108 @@ impl Daemon {
 
     /// The network of a new family.
     pub(crate) fn new_network(&self, state: &State, egress: Egress, rate: Option<u64>) -> ApiResult<FamilyNetwork> {
-        let used: Vec<_> = state.families.values().filter_map(|f| f.network.as_ref()).map(|n| n.vni).collect();
+        let named = state.networks.values().map(|n| n.network.vni);
+        let families = state.families.values().filter_map(|f| f.network.as_ref());
+        let used: Vec<_> = families.map(|n| n.vni).chain(named).collect();
         let range = u32::from(self.peers.own_number()) << 16;
         let vni = (1..=0xffff).map(|n| range | n).find(|vni| !used.contains(vni));
         let vni = vni.ok_or_else(|| ApiError::new(ErrorCode::LimitReached, "This host has made 65535 networks"))?;
         Ok(FamilyNetwork { vni, egress, rate, last_index: 1, hosts: BTreeMap::new() })
+    }
+
+    // ------------------------------------------------------------------------------------- networks with a name
+
+    /// Makes a network with a name.
+    ///
+    /// # Errors
+    /// When the name is taken or none, the way out is not understood, or the kernel refuses.
+    pub async fn create_network(self: &Arc<Self>, request: &api::NetworkRequest) -> ApiResult<api::NetworkInfo> {
+        crate::names::check_vm_name(&request.name)?;
+        let Some(egress) = egress(&request.egress)? else {
+            return Err(
+                ApiError::new(ErrorCode::BadRequest, "A network that is off is none").remedy("give none or nat")
+            );
+        };
+        let id = FamilyId::random();
+        self.store.update(|s| {
+            if s.networks.contains_key(&request.name) {
+                return Err(ApiError::new(ErrorCode::NameTaken, format!("There is a network '{}'", request.name))
+                    .remedy("choose another name; `ramet network ls` lists them"));
+            }
+            let range = (1..=u8::MAX).rev().find(|range| s.networks.values().all(|n| n.range != *range));
+            let range =
+                range.ok_or_else(|| ApiError::new(ErrorCode::LimitReached, "This host has 255 named networks"))?;
+            let network = self.new_network(s, egress, request.rate)?;
+            s.networks.insert(request.name.clone(), NamedNetwork { id, range, network });
+            Ok(())
+        })?;
+        if let Err(err) = self.ready_network(id).await {
+            self.remove_network(id).await;
+            self.store.amend(|s| {
+                s.networks.remove(&request.name);
+            });
+            return Err(err);
+        }
+        let found = self.named_networks().into_iter().find(|n| n.name == request.name);
+        found.ok_or_else(|| no_network(&request.name))
+    }
+
+    /// The networks with a name.
+    #[must_use]
+    pub fn named_networks(&self) -> Vec<api::NetworkInfo> {
+        self.store.read(|s| s.networks.iter().map(|(name, network)| self.describe_network(s, name, network)).collect())
+    }
+
+    fn describe_network(&self, state: &State, name: &str, network: &NamedNetwork) -> api::NetworkInfo {
+        let range = u32::from(network.range) << (32 - u32::from(NAMED_PREFIX));
+        let base = self.nets.plan().network().base().to_bits() | range;
+        let member =
+            |(vm, nic): (&VmRecord, &VmNic)| api::NetworkMember { vm: vm.name.clone(), ip: nic.member.ip.to_string() };
+        api::NetworkInfo {
+            name: name.to_owned(),
+            subnet: format!("{}/{NAMED_PREFIX}", Ipv4Addr::from_bits(base)),
+            namespace: self.config.state_dir.join("net").join(name_of(network.id)).display().to_string(),
+            members: places(state, network.id).map(member).collect(),
+        }
+    }
+
+    /// Removes a network with a name that no VM has joined.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotFound`]; [`ErrorCode::InUse`] naming a VM or checkpoint.
+    pub async fn remove_named_network(&self, name: &str) -> ApiResult<()> {
+        let id = self.store.read(|s| {
+            let id = s.networks.get(name).ok_or_else(|| no_network(name))?.id;
+            let vm = places(s, id).map(|(vm, _)| format!("VM '{}'", vm.name)).next();
+            let checkpoint = s.checkpoints.values().find(|c| c.joined.contains(&id));
+            match vm.or(checkpoint.map(|c| format!("checkpoint {}", c.id.short()))) {
+                Some(user) => Err(ApiError::new(ErrorCode::InUse, format!("{user} has joined network '{name}'"))),
+                None => Ok(id),
+            }
+        })?;
+        self.remove_network(id).await;
+        self.store.amend(|s| {
+            s.networks.remove(name);
+        });
+        Ok(())
+    }
+
+    /// A place in a network with a name.
+    pub(crate) fn join(&self, state: &mut State, network: FamilyId) -> ApiResult<Joined> {
+        let range = state.networks.values().find(|n| n.id == network).map(|n| n.range);
+        let range =
+            range.ok_or_else(|| ApiError::new(ErrorCode::NotFound, "A network that it has joined was removed"))?;
+        Ok(Joined { network, nic: free_number(state, network, range, self.nets.plan(), &[])? })
+    }
+
+    /// Places in the networks of these names.
+    pub(crate) fn join_named(&self, state: &mut State, names: &[String]) -> ApiResult<Vec<Joined>> {
+        let mut joined = Vec::new();
+        for name in names {
+            let network = state.networks.get(name).ok_or_else(|| no_network(name))?.id;
+            joined.push(self.join(state, network)?);
+        }
+        Ok(joined)
     }
 
     // ---------------------------------------------------------------------------------------------- the kernel's
@@ -265,7 +368,7 @@ impl Daemon {
         if let Some(net) = find() {
             return Ok(net);
         }
-        let known = self.store.read(|s| s.families.get(&family).and_then(|f| f.network.clone()));
+        let known = self.store.read(|s| s.network(family).cloned());
         let known = known.ok_or_else(|| ApiError::internal("the family has no network"))?;
         let host = self.host_net().await?.clone();
         let dns = if known.egress == Egress::None { Vec::new() } else { name_servers() };
@@ -293,8 +396,7 @@ impl Daemon {
 
     /// What guests of the family are told to ask for names.
     pub(crate) fn name_servers_of(&self, family: FamilyId) -> Vec<Ipv4Addr> {
-        let egress =
-            self.store.read(|s| s.families.get(&family).and_then(|f| f.network.as_ref()).map(|n| n.egress.clone()));
+        let egress = self.store.read(|s| s.network(family).map(|n| n.egress.clone()));
         match egress {
             Some(Egress::Nat | Egress::List(_)) => name_servers(),
             Some(Egress::None) | None => Vec::new(),
@@ -327,7 +429,7 @@ impl Daemon {
 
     /// Has the kernel know the members on other hosts as they are on record.
     pub(crate) async fn apply_members(&self, family: FamilyId) -> ApiResult<()> {
-        let known = self.store.read(|s| s.families.get(&family).and_then(|f| f.network.clone()));
+        let known = self.store.read(|s| s.network(family).cloned());
         let net = lock(&self.nets.families).get(&family).cloned();
         let (Some(known), Some(net)) = (known, net) else { return Ok(()) };
         let host = self.host_net().await?.clone();
@@ -339,12 +441,13 @@ impl Daemon {
         .await
     }
 
-    /// Gives a VM that does not run yet its network card, with the filter for its address in place. Returns the name of its
-    /// tap. `link`: its cable is plugged in from the beginning.
+    /// Gives a VM that does not run yet its network card number `index`, with the filter for its address in place. Returns
+    /// the name of its tap. `link`: its cable is plugged in from the beginning.
     pub(crate) async fn plug(
         &self,
         family: FamilyId,
         process: &Arc<dyn VmProcess>,
+        index: u8,
         nic: &VmNic,
         link: bool,
     ) -> ApiResult<String> {
@@ -361,7 +464,7 @@ impl Daemon {
         })
         .await?;
         let name = tap.name.clone();
-        let nic = Nic { index: 0, mac: member.mac.to_string(), tap: tap.fd, link };
+        let nic = Nic { index, mac: member.mac.to_string(), tap: tap.fd, link };
         process.attach_nic(nic).await.map_err(|e| failed("The network card can't be attached", e))?;
         Ok(name)
     }
@@ -432,7 +535,7 @@ impl Daemon {
     /// Removes the family's network from this host.
     pub(crate) async fn remove_network(&self, family: FamilyId) {
         let net = lock(&self.nets.families).remove(&family);
-        let had = net.is_some() || self.store.read(|s| s.families.get(&family).is_some_and(|f| f.network.is_some()));
+        let had = net.is_some() || self.store.read(|s| s.network(family).is_some());
         if !had {
             return;
         }
@@ -449,17 +552,18 @@ impl Daemon {
 
     /// After the daemon's restart: networks of families on record are adopted with their members, others go.
     pub(crate) async fn recover_networks(self: &Arc<Self>) {
-        let used = self.store.read(|s| s.families.values().any(|f| f.network.is_some()));
+        let families = self.store.read(|s| {
+            let families = s.families.values().filter(|f| f.network.is_some()).map(|f| f.id);
+            families.chain(s.networks.values().map(|n| n.id)).collect::<Vec<_>>()
+        });
         let left = self.config.state_dir.join("net").exists();
-        if !used && !left {
+        if families.is_empty() && !left {
             return;
         }
         let host = match self.host_net().await {
             Ok(host) => host.clone(),
             Err(err) => return tracing::error!("{err}"),
         };
-        let families: Vec<_> =
-            self.store.read(|s| s.families.values().filter(|f| f.network.is_some()).map(|f| f.id).collect::<Vec<_>>());
         let known: Vec<_> = families.iter().map(|f| name_of(*f)).collect();
         let strays = blocking("Networks can't be listed", move || {
             for name in host.names()?.into_iter().filter(|n| !known.contains(n)) {
@@ -480,21 +584,21 @@ impl Daemon {
 
     async fn recover_network(self: &Arc<Self>, family: FamilyId) -> ApiResult<()> {
         let net = self.family_net(family).await?;
-        let vms: Vec<_> = self
-            .store
-            .read(|s| s.vms.values().filter(|vm| vm.family == family && vm.alive()).cloned().collect::<Vec<_>>());
+        let vms: Vec<(VmRecord, VmNic)> =
+            self.store.read(|s| places(s, family).map(|(vm, nic)| (vm.clone(), nic.clone())).collect());
         let admitted = net.network.admitted();
-        for vm in &vms {
-            let Some(nic) = vm.nic.clone().filter(|nic| !nic.tap.is_empty()) else { continue };
+        for (vm, nic) in vms.iter().filter(|(_, nic)| !nic.tap.is_empty()) {
             let there = admitted.iter().any(|(tap, member)| *tap == nic.tap && *member == nic.member);
             if !there {
                 let (net, nic) = (net.clone(), nic.clone());
                 blocking("A VM's address can't be let in", move || net.network.admit(&nic.tap, nic.member)).await?;
             }
-            self.publish(family, &nic, &vm.published).await?;
+            if vm.family == family {
+                self.publish(family, nic, &vm.published).await?;
+            }
         }
         // Of VMs that have gone meanwhile.
-        let alive = |tap: &str| vms.iter().any(|vm| vm.nic.as_ref().is_some_and(|nic| nic.tap == tap));
+        let alive = |tap: &str| vms.iter().any(|(_, nic)| nic.tap == tap);
         for (tap, member) in admitted.into_iter().filter(|(tap, _)| !alive(tap)) {
             let net = net.clone();
             blocking("A VM's address can't be taken back", move || net.network.expel(&tap, member)).await?;
@@ -578,7 +682,7 @@ impl Daemon {
     /// Tells all hosts that have the family who its members on this one are. In the background.
     pub(crate) fn announce(self: &Arc<Self>, family: FamilyId) {
         let (members, hosts) = self.store.read(|s| {
-            let network = s.families.get(&family).and_then(|f| f.network.as_ref());
+            let network = s.network(family);
             let hosts: Vec<_> = network.map(|n| n.hosts.keys().cloned().collect()).unwrap_or_default();
             (own_members(s, family), hosts)
         });
@@ -629,6 +733,11 @@ impl Daemon {
         }
         Ok(())
     }
+}
+
+fn no_network(name: &str) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, format!("No network '{}'", shown(name)))
+        .remedy("`ramet network ls` lists them, `ramet network create NAME` makes one")
 }
 
 fn number_of(plan: AddressPlan, member: Member) -> Option<MemberNumber> {

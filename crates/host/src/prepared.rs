@@ -257,6 +257,9 @@ impl Daemon {
         }
         let record = self.store.read(|s| s.checkpoints.get(&image).filter(|c| !c.pending).cloned());
         let record = record.ok_or_else(|| ApiError::new(ErrorCode::NotFound, "it is being made or removed"))?;
+        if !record.joined.is_empty() {
+            return Err(ApiError::internal("clones that join networks with a name are not prepared"));
+        }
         self.check_not_draining()?;
         self.check_memory("a prepared clone", needed_by_clones(record.spec.memory, 1))?;
         let state = self.device_state(&record)?;
@@ -275,7 +278,7 @@ impl Daemon {
                 return ApiResult::Ok(None);
             }
             let nic = self.store.update(|s| self.new_member(s, family))?;
-            let tap = self.plug(family, &made.process, &nic, false).await?;
+            let tap = self.plug(family, &made.process, 0, &nic, false).await?;
             Ok(Some(VmNic { tap, ..nic }))
         };
         match parts.await {

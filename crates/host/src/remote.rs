@@ -212,6 +212,7 @@ impl Daemon {
             pending: false,
             disk: None,
             frozen: request.frozen,
+            joined: Vec::new(),
         };
         if record.spec.disk.is_some() != request.disk.is_some() || (record.spec.nics > 0) != request.network.is_some() {
             return Err(ApiError::new(ErrorCode::BadRequest, "The checkpoint's machine and its parts don't fit"));
@@ -224,7 +225,13 @@ impl Daemon {
             .clones
             .iter()
             .zip(nics)
-            .map(|(c, nic)| Planned { number: c.clone_number, name: c.name.clone(), host: host(), nic })
+            .map(|(c, nic)| Planned {
+                number: c.clone_number,
+                name: c.name.clone(),
+                host: host(),
+                nic,
+                joined: Vec::new(),
+            })
             .collect();
         let terms = Terms {
             ttl_s: request.ttl_s,

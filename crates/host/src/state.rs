@@ -92,6 +92,29 @@ pub struct VmRecord {
     /// Ports of this host that lead to it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub published: Vec<Publish>,
+    /// Its places in networks with a name, card by card after that of its family.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub joined: Vec<Joined>,
+}
+
+/// A VM's place in a network with a name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Joined {
+    /// The network.
+    pub network: FamilyId,
+    /// The place.
+    pub nic: VmNic,
+}
+
+/// A network that has a name, for VMs of any family that are told to join it. On this host only.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NamedNetwork {
+    /// What it is known by inside.
+    pub id: FamilyId,
+    /// The range of its members' addresses, of which it has one to itself: so a VM can have cards in several.
+    pub range: u8,
+    /// The network.
+    pub network: FamilyNetwork,
 }
 
 /// What lies below a disk that is written to: frozen, and the same for all who have it.
@@ -186,6 +209,12 @@ impl VmRecord {
         self.state == VmState::Starting && self.call.as_deref() == Some(call)
     }
 
+    /// Its cards in order: network and place.
+    pub fn nics(&self) -> impl Iterator<Item = (FamilyId, &VmNic)> {
+        let own = self.nic.as_ref().map(|nic| (self.family, nic));
+        own.into_iter().chain(self.joined.iter().map(|j| (j.network, &j.nic)))
+    }
+
     /// Whether it has, or should have, a QEMU.
     #[must_use]
     pub fn alive(&self) -> bool {
@@ -241,6 +270,9 @@ pub struct CheckpointRecord {
     /// Its applications stand still in it, until a clone has an identity.
     #[serde(default)]
     pub frozen: bool,
+    /// Networks with a name that its clones join.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub joined: Vec<FamilyId>,
 }
 
 /// A family: it has a pager.
@@ -283,12 +315,30 @@ pub struct State {
     /// The families.
     #[serde(default)]
     pub families: BTreeMap<FamilyId, FamilyRecord>,
+    /// Networks with a name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub networks: BTreeMap<String, NamedNetwork>,
     /// No new VMs are taken.
     #[serde(default)]
     pub draining: bool,
 }
 
 impl State {
+    /// A network: a family's, or one with a name.
+    #[must_use]
+    pub fn network(&self, id: FamilyId) -> Option<&FamilyNetwork> {
+        let named = || self.networks.values().find(|n| n.id == id).map(|n| &n.network);
+        self.families.get(&id).and_then(|f| f.network.as_ref()).or_else(named)
+    }
+
+    /// The same, to be changed.
+    pub fn network_mut(&mut self, id: FamilyId) -> Option<&mut FamilyNetwork> {
+        if let Some(network) = self.families.get_mut(&id).and_then(|f| f.network.as_mut()) {
+            return Some(network);
+        }
+        self.networks.values_mut().find(|n| n.id == id).map(|n| &mut n.network)
+    }
+
     /// The VM of this name.
     #[must_use]
     pub fn vm_named(&self, name: &str) -> Option<&VmRecord> {
@@ -443,6 +493,7 @@ pub(crate) mod tests {
             disk: None,
             nic: None,
             published: Vec::new(),
+            joined: Vec::new(),
         }
     }
 
@@ -478,6 +529,7 @@ pub(crate) mod tests {
             pending: false,
             disk: None,
             frozen: false,
+            joined: Vec::new(),
         }
     }
 

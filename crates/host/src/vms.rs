@@ -98,7 +98,7 @@ impl Daemon {
         self.check_network(&request, egress.is_some())?;
         spec.disk = disk.as_ref().map(|d| d.frozen.size);
         spec.volumes = u8::try_from(request.volumes.len()).unwrap_or(u8::MAX);
-        spec.nics = u8::from(egress.is_some());
+        spec.nics = u8::from(egress.is_some()).saturating_add(u8::try_from(request.join.len()).unwrap_or(u8::MAX));
         spec.check().map_err(|e| ApiError::new(ErrorCode::BadRequest, e.to_string()))?;
         let id = VmId::random();
         let name = self.reserve_root(id, &request, &image.guest, &spec, disk, egress)?;
@@ -212,21 +212,26 @@ impl Daemon {
             }
         };
         let nic = async {
-            let Some(nic) = &vm.nic else { return Ok(()) };
-            let tap = self.plug(vm.family, &running.process, nic, link).await?;
-            self.tap_is(running.id, tap);
-            self.spare_taps(vm.family);
-            let nic = nic.clone();
-            self.publish(vm.family, &nic, &vm.published).await
+            for (index, (network, nic)) in (0..).zip(vm.nics()) {
+                let tap = self.plug(network, &running.process, index, nic, link).await?;
+                self.tap_is(running.id, index, tap);
+                self.spare_taps(network);
+            }
+            match &vm.nic {
+                Some(nic) => self.publish(vm.family, nic, &vm.published).await,
+                None => Ok(()),
+            }
         };
         let (disk, nic) = tokio::join!(disk, nic);
         disk.and(nic)
     }
 
     /// Puts a VM's tap on record.
-    pub(crate) fn tap_is(&self, id: VmId, tap: String) {
+    fn tap_is(&self, id: VmId, index: u8, tap: String) {
         self.store.note(|s| {
-            if let Some(nic) = s.vms.get_mut(&id).and_then(|vm| vm.nic.as_mut()) {
+            let Some(vm) = s.vms.get_mut(&id) else { return };
+            let mut nics = vm.nic.iter_mut().chain(vm.joined.iter_mut().map(|j| &mut j.nic));
+            if let Some(nic) = nics.nth(index.into()) {
                 nic.tap = tap;
             }
         });
@@ -255,11 +260,15 @@ impl Daemon {
         if request.cpus == 0 {
             return bad("A VM needs a CPU".to_owned(), "give --cpus 1 or more");
         }
-        let word =
-            |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+=".contains(&b)) && !text.is_empty();
-        for (what, text) in [("machine type", &request.machine), ("CPU model", &request.cpu)] {
+        let word = |text: &str, also: &[u8]| {
+            text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+=".contains(&b) || also.contains(&b))
+                && !text.is_empty()
+        };
+        // Features of a CPU follow its name after commas, and nothing else can: it is an argument of its own.
+        for (what, text, also) in [("machine type", &request.machine, &b""[..]), ("CPU model", &request.cpu, &b","[..])]
+        {
             if let Some(text) = text
-                && !word(text)
+                && !word(text, also)
             {
                 return bad(
                     format!("'{}' is no {what}", shown(text)),
@@ -315,6 +324,7 @@ impl Daemon {
                 disk,
                 nic: None,
                 published: crate::nets::published(&request.publish),
+                joined: self.join_named(s, &request.join)?,
             };
             s.vms.insert(id, record);
             if let Some(egress) = egress {
@@ -356,6 +366,7 @@ impl Daemon {
         if running.process.spec().disk.is_some() || running.process.spec().volumes > 0 {
             tokio::spawn(Self::watch_disk(running.clone()));
         }
+        tokio::spawn(self.clone().watch_resets(running.clone()));
         let (daemon, watched) = (self.clone(), running.clone());
         tokio::spawn(async move {
             let exit = watched.process.wait_exit().await;
@@ -365,6 +376,19 @@ impl Daemon {
             }
         });
         running
+    }
+
+    /// Tells a guest that boots anew who it is, for as long as its QEMU lives.
+    async fn watch_resets(self: Arc<Self>, running: Arc<Running>) {
+        loop {
+            tokio::select! {
+                () = running.process.reset() => {}
+                _ = running.process.wait_exit() => return,
+            }
+            tracing::info!(vm = %running.id, "the guest boots anew");
+            let (daemon, running) = (self.clone(), running.clone());
+            tokio::spawn(async move { daemon.greet_again(&running).await });
+        }
     }
 
     /// A VM's QEMU has ended by itself.
@@ -417,9 +441,9 @@ impl Daemon {
         if record.dir.starts_with(&self.config.state_dir) {
             let _ = fs::remove_dir_all(&record.dir);
         }
-        if let Some(nic) = &record.nic {
-            self.unpublish(record.family, &record.published).await;
-            self.unplug(record.family, nic).await;
+        self.unpublish(record.family, &record.published).await;
+        for (network, nic) in record.nics() {
+            self.unplug(network, nic).await;
         }
         self.store.amend(|s| {
             if let Some(vm) = s.vms.get_mut(&id) {

@@ -593,6 +593,17 @@ impl VmProcess for QemuProcess {
         }
     }
 
+    async fn reset(&self) {
+        let mut events = self.qmp.events();
+        loop {
+            match events.recv().await {
+                Ok(event) if event.name == "RESET" => return,
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+            }
+        }
+    }
+
     async fn save_state(&self, next: Option<&Path>) -> Result<SavedState, VmmError> {
         let requested = SystemTime::now();
         let overlay = next.map(DiskChain::node);

@@ -9,6 +9,7 @@ mod exec;
 mod host;
 mod image;
 mod lab;
+mod network;
 mod spread;
 mod stats;
 mod vm;
@@ -42,6 +43,8 @@ pub(crate) async fn run(context: &Context, command: &Command) -> Result<ExitCode
         Command::Clone(args) => spread::clone(context, args).await?,
         Command::Fork(args) => spread::fork(context, args).await?,
         Command::Warm(args) => spread::warm(context, args).await?,
+        Command::Network(command) => network::run(context, command).await?,
+        Command::Topology(command) => network::topology(context, command).await?,
         Command::Host(command) => host::run(context, command).await?,
         Command::Lab(command) => lab::run(context, command).await?,
         Command::Completion(args) => {

@@ -30,6 +30,7 @@ pub(crate) async fn run(context: &Context, args: &RunArgs) -> Result<()> {
         network: args.egress(),
         rate: args.rate,
         publish: args.publish.clone(),
+        join: args.join.clone(),
         ..RunRequest::new(args.image.clone())
     };
     let vm = client.run(&request).await?;

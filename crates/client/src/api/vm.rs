@@ -94,6 +94,56 @@ pub struct RunRequest {
     /// Ports of the host that lead to the VM, not to its clones.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub publish: Vec<PublishedPort>,
+    /// Networks with a name to join, each with a card of its own after that of the family's network.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub join: Vec<String>,
+}
+
+/// `POST /v1/networks`: a network with a name, for VMs of any family that are told to join it.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkRequest {
+    /// Its name, as for VMs.
+    pub name: String,
+    /// What it lets out. Default: nothing.
+    #[serde(default = "no_egress")]
+    pub egress: Egress,
+    /// Bits a second between it and the outside, in each direction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u64>,
+}
+
+fn no_egress() -> Egress {
+    Egress::None
+}
+
+/// A network with a name. It is on one host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NetworkInfo {
+    /// Its name.
+    pub name: String,
+    /// Addresses of its members.
+    pub subnet: String,
+    /// Its namespace on the host, to look into it.
+    pub namespace: String,
+    /// VMs that have joined it.
+    pub members: Vec<NetworkMember>,
+}
+
+/// A member of a network with a name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NetworkMember {
+    /// The VM's name.
+    pub vm: String,
+    /// Its address there.
+    pub ip: String,
+}
+
+/// `GET /v1/networks`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct NetworkList {
+    /// The networks, by name.
+    pub networks: Vec<NetworkInfo>,
 }
 
 /// What the network of a family lets out.
@@ -184,6 +234,7 @@ impl RunRequest {
             network: None,
             rate: None,
             publish: Vec::new(),
+            join: Vec::new(),
         }
     }
 }

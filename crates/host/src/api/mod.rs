@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod hosts;
+mod networks;
 pub mod openapi;
 mod peer;
 mod server;
@@ -89,6 +90,8 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/vms/{vm}/files", get(vms::get_file).put(vms::put_file).layer(DefaultBodyLimit::disable()))
         .route("/v1/vms/{vm}/exec", post(upgrade::exec))
         .route("/v1/vms/{vm}/console", get(upgrade::console))
+        .route("/v1/networks", get(networks::list).post(networks::create))
+        .route("/v1/networks/{name}", delete(networks::remove))
         .route("/v1/vms/{vm}/checkpoints", post(checkpoints::create))
         .route("/v1/vms/{vm}/fork", post(checkpoints::fork))
         .route("/v1/checkpoints", get(checkpoints::list))

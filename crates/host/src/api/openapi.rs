@@ -2,7 +2,7 @@
 
 use utoipa::OpenApi;
 
-use super::{checkpoints, hosts, peer, upgrade, vms};
+use super::{checkpoints, hosts, networks, peer, upgrade, vms};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -11,6 +11,9 @@ use super::{checkpoints, hosts, peer, upgrade, vms};
         description = "Forks running virtual machines. One daemon a host; the same API on its Unix socket and, by mutual TLS, between hosts."
     ),
     paths(
+        networks::create,
+        networks::list,
+        networks::remove,
         vms::run,
         vms::list,
         vms::show,

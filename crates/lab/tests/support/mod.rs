@@ -6,6 +6,7 @@ use ramet_client::{Client, Error};
 use ramet_lab::{Lab, LabOptions};
 use ramet_memory::ByteSize;
 use std::future::Future;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Longer than anything takes on a busy machine; only a hang gets there.
@@ -86,10 +87,15 @@ pub async fn fork(client: &Client, vm: &str, count: u32, hosts: &[&str]) -> (api
 }
 
 /// Waits until it holds.
-pub async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
-    let deadline = Instant::now() + LIMIT;
+pub async fn until<F: Future<Output = bool>>(what: &str, holds: impl FnMut() -> F) {
+    until_within(LIMIT, what, holds).await;
+}
+
+/// Waits until it holds, for so long.
+pub async fn until_within<F: Future<Output = bool>>(limit: Duration, what: &str, mut holds: impl FnMut() -> F) {
+    let deadline = Instant::now() + limit;
     while !holds().await {
-        assert!(Instant::now() < deadline, "in {LIMIT:?} it did not come to pass that {what}");
+        assert!(Instant::now() < deadline, "in {limit:?} it did not come to pass that {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -140,4 +146,178 @@ pub async fn assert_nothing_left(lab: &Lab, host: usize) {
     until("no page file is left", || async { left().is_empty() }).await;
     let checkpoints = std::path::Path::new(&info.state_dir).join("checkpoints");
     assert_eq!(std::fs::read_dir(&checkpoints).unwrap().count(), 0, "in {}", checkpoints.display());
+}
+
+/// A guest with systemd, a web server, Python and a disk.
+pub fn web_request(name: &str) -> api::RunRequest {
+    api::RunRequest {
+        name: Some(name.into()),
+        memory: ByteSize::mib(512),
+        accel: Some(api::AccelKind::Tcg),
+        wait_agent_s: 240,
+        ..api::RunRequest::new("web")
+    }
+}
+
+/// Boots the guest of [`web_request`]. When this returns its web server answers.
+pub async fn run_web(client: &Client, name: &str) -> api::VmInfo {
+    let vm = client.run(&web_request(name)).await.unwrap();
+    assert!(vm.agent, "the web guest answers");
+    until("the web server answers", || async { sh(client, name, &fetch("127.0.0.1")).await == "200" }).await;
+    vm
+}
+
+/// A guest's command that prints the code which a web server answers with.
+pub fn fetch(ip: &str) -> String {
+    format!("curl -s -m 10 -o /dev/null -w '%{{http_code}}' http://{ip}/ || true")
+}
+
+/// A VM's address.
+pub fn ip(vm: &api::VmInfo) -> String {
+    vm.network.as_ref().expect("it has a network").ip.clone()
+}
+
+/// A VM's hardware address.
+pub fn mac(vm: &api::VmInfo) -> String {
+    vm.network.as_ref().expect("it has a network").mac.clone()
+}
+
+/// Writes a file in a guest.
+pub async fn put(client: &Client, vm: &str, path: &str, mode: u32, text: &str) {
+    let bytes = text.as_bytes().to_vec();
+    client.put_file(vm, path, mode, bytes.len() as u64, std::io::Cursor::new(bytes)).await.unwrap();
+}
+
+/// Starts a Python program in a guest that goes on by itself: `/tmp/NAME.py`, which prints to `/dev/shm/NAME.out`. Returns
+/// its process number.
+pub async fn python(client: &Client, vm: &str, name: &str, program: &str, args: &str) -> u32 {
+    put(client, vm, &format!("/tmp/{name}.py"), 0o755, program).await;
+    // In a slice of its own: what the agent itself runs is not frozen.
+    let unit =
+        format!("systemd-run -q --unit=t-{name} -p StandardOutput=file:/dev/shm/{name}.out -p StandardError=inherit");
+    sh(client, vm, &format!("{unit} python3 -u /tmp/{name}.py {args}; systemctl show -p MainPID --value t-{name}"))
+        .await
+        .parse()
+        .unwrap()
+}
+
+/// What a program of [`python`] has printed until now.
+pub async fn printed(client: &Client, vm: &str, name: &str) -> String {
+    sh(client, vm, &format!("cat /dev/shm/{name}.out 2>/dev/null || true")).await
+}
+
+/// A command on this machine: its output.
+pub fn host_command(words: &[&str]) -> String {
+    let output = std::process::Command::new(words[0]).args(&words[1..]).output().unwrap();
+    assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// The file of a host's network namespace.
+pub fn host_space(lab: &Lab, host: usize) -> PathBuf {
+    Path::new("/run/netns").join(&lab.hosts()[host - 1].netns)
+}
+
+/// The file of a family's network namespace on a host.
+pub fn family_space(lab: &Lab, host: usize, vm: &api::VmInfo) -> PathBuf {
+    lab.hosts()[host - 1].state_dir.join("net").join(vm.family.short())
+}
+
+/// A command in a network namespace, to be started.
+pub fn within(space: &Path, words: &[&str]) -> std::process::Command {
+    let mut command = std::process::Command::new("nsenter");
+    command.arg(format!("--net={}", space.display())).args(words);
+    command
+}
+
+/// What a command in a network namespace prints.
+pub fn told_within(space: &Path, words: &[&str]) -> String {
+    let output = within(space, words).output().unwrap();
+    assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Packets as `tcpdump` writes them, a line each, from when it is made on.
+#[derive(Debug)]
+pub struct Capture {
+    child: std::process::Child,
+    lines: std::sync::Arc<std::sync::Mutex<Vec<String>>>,
+    reader: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Capture {
+    /// `wanted`: further arguments, such as the device.
+    pub fn new(space: &Path, wanted: &[&str]) -> Self {
+        use std::io::{BufRead as _, BufReader};
+        let words = [&["tcpdump", "--immediate-mode", "-l", "-n", "-e", "-B", "16384"], wanted].concat();
+        let pipe = std::process::Stdio::piped;
+        let mut child = within(space, &words).stdout(pipe()).stderr(pipe()).spawn().unwrap();
+        let mut said = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        // Nothing is missed from here on.
+        while !line.contains("listening on") {
+            line.clear();
+            assert!(said.read_line(&mut line).unwrap() > 0, "tcpdump {wanted:?} does not listen");
+        }
+        std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+        let lines = std::sync::Arc::<std::sync::Mutex<Vec<String>>>::default();
+        let (out, to) = (BufReader::new(child.stdout.take().unwrap()), lines.clone());
+        let reader = std::thread::spawn(move || {
+            for line in out.lines().map_while(Result::ok) {
+                to.lock().unwrap().push(line);
+            }
+        });
+        Self { child, lines, reader: Some(reader) }
+    }
+
+    /// What there is until now.
+    pub fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap().clone()
+    }
+
+    /// Ends it: all there was.
+    pub fn end(mut self) -> Vec<String> {
+        self.stop();
+        self.lines()
+    }
+
+    fn stop(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            // By its own wish, so that it writes what it has.
+            let pid = rustix::process::Pid::from_child(&self.child);
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+            let _ = self.child.wait();
+            let _ = reader.join();
+        }
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Whether a captured packet is one that a machine has sent as, or claims to be, `mac` or `ip`.
+pub fn speaks_as(line: &str, mac: &str, ip: &str) -> bool {
+    let from = line.split(" > ").next().unwrap_or_default();
+    from.contains(mac)
+        || from.split([' ', ',']).any(|word| word == ip || word.starts_with(&format!("{ip}.")))
+        || line.contains(&format!("tell {ip},"))
+        || line.contains(&format!("Reply {ip} is-at"))
+}
+
+/// After everything is removed no network of a family is left on the host: no namespace, mount, device or published port.
+pub async fn assert_no_network_left(lab: &Lab, host: usize) {
+    let spaces = lab.hosts()[host - 1].state_dir.join("net");
+    let names = || std::fs::read_dir(&spaces).map_or(0, |dir| dir.flatten().filter(|e| e.path().is_file()).count());
+    until("no namespace is left", || async { names() == 0 }).await;
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(&spaces.display().to_string()), "{mounts}");
+    let links = told_within(&host_space(lab, host), &["ip", "-br", "link"]);
+    let left: Vec<_> = links.lines().filter(|l| !l.starts_with("lo") && !l.starts_with("eth0")).collect();
+    assert!(left.is_empty(), "{left:?}");
+    let rules = told_within(&host_space(lab, host), &["nft", "list", "ruleset"]);
+    let published = rules.split("map published").nth(1).and_then(|r| r.split('}').next()).unwrap_or_default();
+    assert!(!published.contains("elements"), "{published}");
 }

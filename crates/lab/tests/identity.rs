@@ -1,0 +1,315 @@
+//! Who a clone is: addresses, names, clocks, entropy, hooks, signals - as programs in a Debian guest see them.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use ramet_client::{Client, api};
+use ramet_lab::Lab;
+use std::collections::BTreeSet;
+use support::*;
+
+/// Sends back what it gets.
+const ECHO: &str = r#"
+import socket
+s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(("", 7000)); s.listen()
+while True:
+    c, _ = s.accept()
+    while True:
+        b = c.recv(64)
+        if not b: break
+        c.sendall(b)
+"#;
+
+/// Talks over one connection for as long as that lives, and says how it ended.
+const TALK: &str = r#"
+import socket, sys, time
+c = socket.create_connection((sys.argv[1], 7000))
+n = 0
+try:
+    while True:
+        c.sendall(b"x")
+        if not c.recv(1): print("ended: closed", flush=True); break
+        n += 1
+        open("/dev/shm/talked", "w").write(str(n))
+        time.sleep(0.1)
+except OSError as e:
+    print("ended:", e, flush=True)
+time.sleep(100000)
+"#;
+
+/// Draws random numbers without pause.
+const DRAW: &str = r#"
+import os
+f = open("/dev/shm/drawn", "w", buffering=1)
+while True: f.write(os.urandom(16).hex() + "\n")
+"#;
+
+/// Says which signals it gets, after it has subscribed where it is told to.
+const LISTEN: &str = r#"
+import signal, socket, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [44])
+if sys.argv[1] == "yes":
+    s = socket.socket(socket.AF_UNIX); s.connect("/run/ramet/agent.sock"); s.sendall(b'{"subscribe":"signal"}\n')
+    print(s.recv(256).decode().strip(), flush=True)
+else:
+    print("no", flush=True)
+while True:
+    i = signal.sigwaitinfo([44])
+    # Where a child's status would be, a signal of sigqueue has its value.
+    print("signal", i.si_signo, i.si_status, flush=True)
+"#;
+
+/// Expects no signal at all.
+const SLEEPER: &str = "import time\nprint('up', flush=True)\ntime.sleep(100000)\n";
+
+async fn number(client: &Client, vm: &str, path: &str) -> u64 {
+    sh(client, vm, &format!("cat {path} 2>/dev/null || echo 0")).await.parse().unwrap_or(0)
+}
+
+fn frozen(count: u32, hosts: &[&str]) -> api::ForkRequest {
+    api::ForkRequest { quiesce: api::Quiesce { freeze: true, ..Default::default() }, ..fork_of(clones(count, hosts)) }
+}
+
+/// One boot for all of it: booting is what takes time.
+#[tokio::test]
+async fn clones_are_machines_of_their_own() {
+    let lab = lab("identity", 2).await;
+    let (home, away) = (lab.client(1), lab.client(2));
+    let parent = run_web(&home, "web").await;
+    // A sibling to talk with, on the other host.
+    let (_, first) = fork(&home, "web", 1, &["h2"]).await;
+    python(&away, &first[0], "echo", ECHO, "").await;
+    let peer = ip(&vm(&away, &first[0]).await);
+    until("it listens", || async { sh(&away, &first[0], "ss -ltn | grep -c :7000 || true").await != "0" }).await;
+    python(&home, "web", "talk", TALK, &peer).await;
+    python(&home, "web", "draw", DRAW, "").await;
+    for (name, subscribes) in [("told", "yes"), ("untold", "no")] {
+        python(&home, "web", name, LISTEN, subscribes).await;
+        until("it is set up", || async { !printed(&home, "web", name).await.is_empty() }).await;
+    }
+    assert!(printed(&home, "web", "told").await.contains("\"ok\":true"));
+    let sleeper = python(&home, "web", "sleeper", SLEEPER, "").await;
+    let dir = "/etc/ramet/clone.d";
+    sh(&home, "web", &format!("mkdir -p {dir}; touch {dir}/README")).await;
+    let line = "echo \"$1 $RAMET_CLONE_NUMBER $RAMET_IP $RAMET_MAC $RAMET_PARENT $RAMET_NAME\" >>/run/hooks";
+    for hook in ["20-second", "10-first"] {
+        put(&home, "web", &format!("{dir}/{hook}"), 0o755, &format!("#!/bin/sh\n{}\n", line.replace("$1", hook))).await;
+    }
+    until("it talks", || async { number(&home, "web", "/dev/shm/talked").await > 3 }).await;
+    until("it draws", || async { sh(&home, "web", "wc -l </dev/shm/drawn").await != "0" }).await;
+    let before = home.time("web").await.unwrap();
+
+    let made = home.fork("web", &frozen(2, &["h1", "h2"])).await.unwrap();
+    let clones: Vec<_> = made.clones.iter().map(|c| c.vm.name.clone()).collect();
+    let mut machines = vec![parent.clone()];
+    for (number, name) in (1_u64..).zip(&clones) {
+        let client = if number == 1 { &home } else { &away };
+        let info = vm(client, name).await;
+        who_it_is(client, &info, number, &parent).await;
+        clock(client, name, &before).await;
+        until("its hooks were run", || async {
+            sh(client, name, "cat /run/hooks 2>/dev/null || true").await.lines().count() == 2
+        })
+        .await;
+        let rest = format!("{number} {} {} {} {name}", ip(&info), mac(&info), parent.id);
+        assert_eq!(sh(client, name, "cat /run/hooks").await, format!("10-first {rest}\n20-second {rest}"));
+        let told = format!("signal 44 {number}");
+        until("who subscribed is told", || async { printed(client, name, "told").await.contains(&told) }).await;
+        assert_eq!(printed(client, name, "untold").await, "no", "who did not is not");
+        assert_eq!(sh(client, name, &format!("cat /proc/{sleeper}/comm")).await, "python3", "and lives");
+        let talk = || async { printed(client, name, "talk").await };
+        until("the connection of the parent has ended in the clone", || async { talk().await.contains("ended") }).await;
+        machines.push(info);
+    }
+    let signals = printed(&home, "web", "told").await;
+    assert!(!signals.contains("signal"), "the parent is no clone: {signals}");
+    let talked = number(&home, "web", "/dev/shm/talked").await;
+    until("the connection lives on in the parent", || async {
+        number(&home, "web", "/dev/shm/talked").await > talked + 3
+    })
+    .await;
+    assert_eq!(printed(&home, "web", "talk").await, "");
+    let different = |of: &dyn Fn(&api::VmInfo) -> String| machines.iter().map(of).collect::<BTreeSet<_>>().len();
+    assert_eq!((different(&ip), different(&mac)), (3, 3), "{machines:?}");
+    // Every one of them answers at its own address.
+    for machine in &machines {
+        let from = if machine.host == "h2" { (&home, "web") } else { (&away, first[0].as_str()) };
+        assert_eq!(sh(from.0, from.1, &fetch(&ip(machine))).await, "200", "{} at {}", machine.name, ip(machine));
+    }
+    no_number_twice(&home, &away, &clones).await;
+    new_driver_and_new_boot(&lab, &parent, &machines[1]).await;
+    lab.down().await.unwrap();
+}
+
+/// A clone's card is reset, and then all of the clone: it speaks as itself or not at all. A machine that boots anew is told
+/// again who it is.
+async fn new_driver_and_new_boot(lab: &Lab, parent: &api::VmInfo, clone: &api::VmInfo) {
+    let home = lab.client(1);
+    sh(&home, "web", "systemctl stop t-talk").await;
+    let capture =
+        Capture::new(&family_space(lab, 1, parent), &["-i", &clone.network.as_ref().unwrap().tap, "-Q", "in"]);
+    let device = "d=$(basename $(readlink /sys/class/net/eth0/device)); cd /sys/bus/virtio/drivers/virtio_net";
+    sh(&home, &clone.name, &format!("{device}; echo $d >unbind; echo $d >bind")).await;
+    let there = || async { sh(&home, &clone.name, "cat /sys/class/net/eth0/address || true").await == mac(clone) };
+    until("the card is back, with its own address", there).await;
+    sh(&home, &clone.name, &format!("ip addr add {}/10 dev eth0; ip link set eth0 up", ip(clone))).await;
+    until("it is reached", || async { sh(&home, "web", &fetch(&ip(clone))).await == "200" }).await;
+    let pid = vm(&home, &clone.name).await.pid;
+    let _ = home.exec_collect(&clone.name, ["sh", "-c", "echo b >/proc/sysrq-trigger"]).await;
+    let boot = "cat /proc/sys/kernel/random/boot_id";
+    let before = sh(&home, "web", boot).await;
+    let _ = home.exec_collect("web", ["sh", "-c", "echo b >/proc/sysrq-trigger"]).await;
+    until_within(4 * LIMIT, "the parent is told who it is", || async {
+        let id = home.exec_collect("web", ["sh", "-c", &format!("{boot}; cat /run/ramet/id")]).await;
+        id.is_ok_and(|id| !id.text().contains(&before) && id.text().contains(&ip(parent)))
+    })
+    .await;
+    until("it answers again", || async { sh(&home, "web", &fetch(&ip(parent))).await == "200" }).await;
+    assert_eq!(vm(&home, &clone.name).await.pid, pid, "the clone's QEMU lives");
+    assert_eq!(vm(&home, &clone.name).await.state, api::VmState::Running);
+    let lines = capture.end();
+    let leaked: Vec<_> = lines.iter().filter(|l| speaks_as(l, &mac(parent), &ip(parent))).collect();
+    assert!(leaked.is_empty(), "{leaked:#?}");
+    assert!(lines.iter().any(|l| speaks_as(l, &mac(clone), &ip(clone))), "its own are seen");
+}
+
+async fn who_it_is(client: &Client, info: &api::VmInfo, number: u64, parent: &api::VmInfo) {
+    let name = &info.name;
+    let id: serde_json::Value = serde_json::from_str(&sh(client, name, "cat /run/ramet/id").await).unwrap();
+    assert_eq!(id["clone_number"], number, "{id}");
+    assert_eq!((&id["generation"], &id["reseeded"]), (&1.into(), &true.into()), "{id}");
+    assert_eq!(
+        (id["vm_id"].as_str().unwrap(), id["parent"].as_str().unwrap()),
+        (&*info.id.to_string(), &*parent.id.to_string())
+    );
+    let nic = &id["nics"][0];
+    assert_eq!((nic["ip"].as_str().unwrap(), nic["mac"].as_str().unwrap()), (&*ip(info), &*mac(info)));
+    assert_eq!(sh(client, name, "cat /run/ramet/generation").await, "1");
+    assert_eq!(sh(client, name, "hostname").await, *name);
+    assert_eq!(sh(client, name, "cat /etc/machine-id").await, info.id.to_string());
+    assert_eq!(sh(client, name, "cat /sys/class/net/eth0/address").await, mac(info));
+    let addresses = sh(client, name, "ip -4 -o addr show dev eth0 | awk '{print $4}'").await;
+    assert!(addresses.lines().count() == 1 && addresses.starts_with(&format!("{}/", ip(info))), "{addresses}");
+    let gateway = sh(client, name, "ip route show default | awk '{print $3}'").await;
+    let neighbour = sh(client, name, &format!("ip neigh show {gateway}")).await;
+    assert!(neighbour.contains("PERMANENT"), "{neighbour}");
+}
+
+async fn clock(client: &Client, name: &str, before: &api::GuestTime) {
+    let now = client.time(name).await.unwrap();
+    assert!(now.offset_ns.unsigned_abs() < 2_000_000_000, "{now:?}");
+    assert!(now.monotonic_ns >= before.monotonic_ns, "{now:?} {before:?}");
+}
+
+/// A value that two machines drew was drawn before they were two.
+async fn no_number_twice(home: &Client, away: &Client, clones: &[String]) {
+    let mut drawn = Vec::new();
+    for (client, name) in [(home, "web"), (home, clones[0].as_str()), (away, clones[1].as_str())] {
+        sh(client, name, "systemctl stop t-draw").await;
+        let file = client.get_file(name, "/dev/shm/drawn").await.unwrap().read_to_end(256 << 20).await.unwrap();
+        let text = String::from_utf8(file).unwrap();
+        drawn.push(text.lines().filter(|l| l.len() == 32).map(str::to_owned).collect::<Vec<_>>());
+    }
+    let [parent, one, two] = &drawn[..] else { panic!("three") };
+    let common = one.iter().zip(two).take_while(|(a, b)| a == b).count();
+    let with_parent = one.iter().zip(parent).take_while(|(a, b)| a == b).count();
+    // What stood still at the same point goes on from there, and no number that follows is anybody else's.
+    let all: Vec<_> = [&parent[with_parent..], &one[common..], &two[common..]].concat();
+    let set: BTreeSet<_> = all.iter().collect();
+    assert_eq!(set.len(), all.len(), "a number was drawn twice");
+    for (name, list) in [("parent", parent), ("one", one), ("two", two)] {
+        assert!(list.len() > common.max(with_parent), "{name} drew after the fork");
+    }
+    assert_eq!(common, with_parent, "clones and parent part at the same number");
+}
+
+#[tokio::test]
+async fn hooks_and_agents_that_fail_leave_everything_as_it_was() {
+    let lab = lab("hooks", 1).await;
+    let home = lab.client(1);
+    run_web(&home, "web").await;
+    let hook = |dir: &str, text: &str| {
+        let (home, path, text) = (home.clone(), format!("/etc/ramet/{dir}.d/50-mine"), format!("#!/bin/sh\n{text}\n"));
+        let dir = format!("mkdir -p /etc/ramet/{dir}.d");
+        async move {
+            sh(&home, "web", &dir).await;
+            put(&home, "web", &path, 0o755, &text).await;
+        }
+    };
+    let options = |limit| api::CloneOptions { hook_limit_s: limit, ..Default::default() };
+    let with =
+        |options| api::ForkRequest { clones: api::CloneRequest { options, ..clones(1, &[]) }, ..Default::default() };
+    let untouched = || async {
+        assert_eq!(names(&home).await, ["web"]);
+        assert!(home.checkpoints().await.unwrap().checkpoints.is_empty());
+        assert_eq!(vm(&home, "web").await.state, api::VmState::Running);
+        assert_eq!(sh(&home, "web", &fetch("127.0.0.1")).await, "200", "its applications run");
+    };
+
+    hook("clone", "echo no disk left >&2; exit 3").await;
+    let (_, text) = refused(home.fork("web", &with(options(30))).await);
+    assert!(text.contains("50-mine") && text.contains("exit code 3") && text.contains("no disk left"), "{text}");
+    untouched().await;
+    hook("clone", "sleep 1000").await;
+    let (_, text) = refused(home.fork("web", &with(options(2))).await);
+    assert!(text.contains("50-mine") && text.contains("time limit"), "{text}");
+    untouched().await;
+    let made = home.fork("web", &with(api::CloneOptions { hooks: false, ..options(2) })).await.unwrap();
+    assert_eq!(sh(&home, &made.clones[0].vm.name, "hostname").await, made.clones[0].vm.name);
+    home.remove_vm(&made.clones[0].vm.name, true).await.unwrap();
+    home.remove_checkpoint(&made.parent.checkpoint.id.to_string()).await.unwrap();
+    sh(&home, "web", "rm -r /etc/ramet/clone.d").await;
+
+    let checkpoint = |limit_s, hooks| api::CheckpointRequest {
+        quiesce: api::Quiesce { freeze: true, limit_s, hooks, ..Default::default() },
+        ..Default::default()
+    };
+    hook("checkpoint", "echo not now; exit 4").await;
+    let (_, text) = refused(home.checkpoint("web", &checkpoint(30, true)).await);
+    assert!(text.contains("50-mine") && text.contains("not now"), "{text}");
+    untouched().await;
+    hook("checkpoint", "sleep 1000").await;
+    let begin = std::time::Instant::now();
+    let (_, text) = refused(home.checkpoint("web", &checkpoint(2, true)).await);
+    assert!(text.contains("50-mine") && text.contains("time limit"), "{text}");
+    assert!(begin.elapsed().as_secs() < 30, "within the limit");
+    untouched().await;
+    sh(&home, "web", "rm -r /etc/ramet/checkpoint.d").await;
+
+    unseeded(&home, &with).await;
+    untouched().await;
+    silent(&home, &checkpoint(2, true)).await;
+    untouched().await;
+    lab.down().await.unwrap();
+}
+
+/// A guest whose kernel can't be given entropy.
+async fn unseeded(home: &Client, with: &dyn Fn(api::CloneOptions) -> api::ForkRequest) {
+    sh(home, "web", "mount --bind /dev/null /dev/random").await;
+    let (_, text) = refused(home.fork("web", &with(api::CloneOptions::default())).await);
+    assert!(text.contains("reseed") && text.contains("allow-unseeded"), "{text}");
+    assert_eq!(names(home).await, ["web"]);
+    let unseeded = api::CloneOptions { allow_unseeded: true, ..Default::default() };
+    let made = home.fork("web", &with(unseeded)).await.unwrap();
+    let name = &made.clones[0].vm.name;
+    assert!(sh(home, name, "cat /run/ramet/id").await.contains("\"reseeded\":false"));
+    home.remove_vm(name, true).await.unwrap();
+    home.remove_checkpoint(&made.parent.checkpoint.id.to_string()).await.unwrap();
+    sh(home, "web", "umount /dev/random").await;
+}
+
+/// A guest whose agent does not answer.
+async fn silent(home: &Client, checkpoint: &api::CheckpointRequest) {
+    // It goes on by itself after a while, or nobody could set it going.
+    let stop = "pid=$(systemctl show -p MainPID --value ramet-agent); kill -STOP $pid; sleep 25; kill -CONT $pid";
+    sh(home, "web", &format!("systemd-run -q --slice=ramet.slice --unit=t-stop sh -c '{stop}'; sleep 0.1")).await;
+    until("the agent is silent", || async { home.ping("web").await.is_err() }).await;
+    let begin = std::time::Instant::now();
+    let answer = home.checkpoint("web", checkpoint).await;
+    let took = begin.elapsed();
+    let (code, text) = refused(answer);
+    assert_eq!(code, api::ErrorCode::AgentSilent, "{text}");
+    assert!(took.as_secs() < 25, "it waits no longer than it was told");
+    assert_eq!(vm(home, "web").await.state, api::VmState::Running);
+    until("the agent answers again", || async { home.ping("web").await.is_ok() }).await;
+}
