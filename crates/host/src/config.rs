@@ -3,6 +3,7 @@
 use std::{
     io,
     net::SocketAddr,
+    num::NonZero,
     path::{Path, PathBuf},
 };
 
@@ -31,6 +32,9 @@ pub struct Config {
     pub image_dir: PathBuf,
     /// Overlays of VMs' disks.
     pub disk_dir: PathBuf,
+    /// Layers below a VM's overlay at which they are merged into it, while it runs. None: never, since QEMU 7.2 was seen to
+    /// end with a failed assertion in the middle of that.
+    pub merge_layers: Option<NonZero<usize>>,
     /// Addresses of families' members: the same in every family.
     pub guest_network: ramet_net::Subnet,
     /// Limits in force.
@@ -74,6 +78,7 @@ impl Config {
             listen: None,
             image_dir: "/var/lib/ramet/images".into(),
             disk_dir: "/var/lib/ramet/disks".into(),
+            merge_layers: None,
             guest_network: ramet_net::AddressPlan::default().network(),
             limits: Limits::default(),
             qemu: "qemu-system-x86_64".into(),

@@ -36,8 +36,6 @@ use crate::{
     vms::Running,
 };
 
-/// Layers below a VM's overlay at which they are merged into it. Opening and reading slow down with each.
-const FLATTEN_AT: usize = 8;
 /// How long a VM must have had no checkpoint before that: one would stop it, and it would begin anew.
 const FLATTEN_QUIET: Duration = Duration::from_secs(1);
 /// Layers at which that is no longer waited for.
@@ -240,7 +238,8 @@ impl Daemon {
     pub(crate) fn flatten_behind(self: &Arc<Self>, running: &Arc<Running>) {
         let layers =
             |d: &Self, vm: VmId| d.store.read(|s| s.vms.get(&vm)?.disk.as_ref().map(|d| d.frozen.layers.clone()));
-        if layers(self, running.id).is_none_or(|l| l.len() < FLATTEN_AT)
+        let Some(most) = self.config.merge_layers else { return };
+        if layers(self, running.id).is_none_or(|l| l.len() < most.get())
             || running.flattening.swap(true, Ordering::AcqRel)
         {
             return;

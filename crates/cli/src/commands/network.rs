@@ -155,7 +155,8 @@ impl VmEntry {
             Own::None => Egress::None,
             Own::Nat => Egress::Nat,
         });
-        let port = |text: &String| crate::args::parse_publish(text).map_err(|e| anyhow::anyhow!("publish '{text}': {e}"));
+        let port =
+            |text: &String| crate::args::parse_publish(text).map_err(|e| anyhow::anyhow!("publish '{text}': {e}"));
         request.publish = self.publish.iter().map(port).collect::<Result<_>>()?;
         request.join.clone_from(&self.networks);
         Ok(request)
@@ -265,7 +266,10 @@ mod tests {
         )
         .unwrap();
         let router = topology.vms["router"].request("router").unwrap();
-        assert_eq!((router.join.as_slice(), router.network), (["lan".to_owned(), "dmz".to_owned()].as_slice(), Some(Egress::Off)));
+        assert_eq!(
+            (router.join.as_slice(), router.network),
+            (["lan".to_owned(), "dmz".to_owned()].as_slice(), Some(Egress::Off))
+        );
         assert_eq!(topology.vms["client"].request("client").unwrap().publish[0].host_port, 8080);
         assert_eq!(topology.networks["dmz"].request("dmz").unwrap().rate, Some(10_000_000));
     }
