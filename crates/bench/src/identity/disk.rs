@@ -26,11 +26,20 @@ const SIZES: [(&str, ByteSize); 2] = [("identity-1g", ByteSize::mib(1024)), ("id
 /// What a parent writes to its own disk.
 const OWN_MIB: u64 = 16;
 
+/// Of a parent, what its pause is made of.
+const PHASES: [&str; 3] = ["save", "commit", "resume"];
+
 /// One checkpoint: the parent's pause in ms.
 async fn checkpoint(home: &Client, vm: &str) -> Result<f64> {
+    Ok(checkpoint_phases(home, vm).await?[0])
+}
+
+/// One checkpoint: the parent's pause in ms, and its [`PHASES`].
+async fn checkpoint_phases(home: &Client, vm: &str) -> Result<[f64; 4]> {
     let made = home.checkpoint(vm, &api::CheckpointRequest { wait: true, ..Default::default() }).await?;
     remove_unless_used(home, &made.checkpoint.id.to_string()).await?;
-    Ok(ms(made.pause_us))
+    let [save, commit, resume] = PHASES.map(|name| ms(made.timeline.phase_us(name).unwrap_or(0)));
+    Ok([ms(made.pause_us), save, commit, resume])
 }
 
 /// Pauses of two VMs that differ in nothing else.
@@ -50,23 +59,26 @@ pub(super) async fn pause(lab: &Lab, quick: bool, report: &mut Report) -> Result
     }
     for _ in 0..if quick { 12 } else { 40 } {
         for (name, pauses) in names.iter().zip(&mut pauses) {
-            pauses.push(checkpoint(&home, name).await?);
+            pauses.push(checkpoint_phases(&home, name).await?);
         }
     }
     for name in names {
         home.remove_vm(&name, true).await?;
     }
     drop_checkpoints(&home).await?;
-    let [with, without] = pauses;
+    let column = |of: &[[f64; 4]], at: usize| of.iter().map(|sample| sample[at]).collect::<Vec<_>>();
+    let [with, without] = &pauses;
     report.goals.push(Goal::at_most(
         "parent's pause with a disk and a network / without",
-        median(&with) / median(&without),
+        median(&column(with, 0)) / median(&column(without, 0)),
         1.3,
     ));
-    report.results.extend([
-        Measured::of("pause with a disk and a network", "ms", with),
-        Measured::of("pause without", "ms", without),
-    ]);
+    for (what, samples) in [("with a disk and a network", with), ("without", without)] {
+        report.results.push(Measured::of(format!("pause {what}"), "ms", column(samples, 0)));
+        for (at, phase) in (1..).zip(PHASES) {
+            report.results.push(Measured::of(format!("pause {what}: of that, {phase}"), "ms", column(samples, at)));
+        }
+    }
     Ok(())
 }
 
