@@ -103,6 +103,10 @@ impl Asking {
             times.answered.push(ms(clone.answered_us.context("A clone was not waited for")?));
             times.ready.push(ms(clone.ready_us.context("A clone was not waited for")?));
             times.http.push(millis(seen.saturating_duration_since(begin)));
+            if let Some(link) = clone.timeline.phases.iter().find(|p| p.name == "link") {
+                let open = ms(link.start_us + link.duration_us);
+                times.since_link.push(millis(seen.saturating_duration_since(begin)) - open);
+            }
             for phase in &clone.timeline.phases {
                 match times.phases.iter_mut().find(|(name, _)| *name == phase.name) {
                     Some((_, values)) => values.push(ms(phase.duration_us)),
@@ -121,6 +125,8 @@ struct Times {
     answered: Vec<f64>,
     ready: Vec<f64>,
     http: Vec<f64>,
+    /// From the end of the phase in which its cable is plugged in.
+    since_link: Vec<f64>,
     phases: Vec<(String, Vec<f64>)>,
 }
 
@@ -146,6 +152,7 @@ impl Times {
             of("request to agent's first answer", self.answered),
             of("request to ready (identity, entropy, clock)", self.ready),
             of("request to Apache's answer", self.http),
+            of("cable plugged in to Apache's answer", self.since_link),
             Measured::of(format!("{what}: request to Apache's answer / request to agent's first answer"), "x", whole),
         ]);
         for (name, values) in self.phases {

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use ramet_client::{Client, api};
 use ramet_disk::control::{DiskKind, Request, Response, StatusReply};
 use ramet_lab::Lab;
@@ -23,11 +23,23 @@ use crate::report::{Goal, Measured, Report};
 const PACKAGES: &[&str] = &["apache2", "curl", "python3-minimal"];
 const SIZES: [(&str, ByteSize); 2] = [("identity-1g", ByteSize::mib(1024)), ("identity-10g", ByteSize::mib(10_240))];
 
+/// What a parent writes to its own disk.
+const OWN_MIB: u64 = 16;
+
+/// Of a parent, what its pause is made of.
+const PHASES: [&str; 3] = ["save", "commit", "resume"];
+
 /// One checkpoint: the parent's pause in ms.
 async fn checkpoint(home: &Client, vm: &str) -> Result<f64> {
+    Ok(checkpoint_phases(home, vm).await?[0])
+}
+
+/// One checkpoint: the parent's pause in ms, and its [`PHASES`].
+async fn checkpoint_phases(home: &Client, vm: &str) -> Result<[f64; 4]> {
     let made = home.checkpoint(vm, &api::CheckpointRequest { wait: true, ..Default::default() }).await?;
     remove_unless_used(home, &made.checkpoint.id.to_string()).await?;
-    Ok(ms(made.pause_us))
+    let [save, commit, resume] = PHASES.map(|name| ms(made.timeline.phase_us(name).unwrap_or(0)));
+    Ok([ms(made.pause_us), save, commit, resume])
 }
 
 /// Pauses of two VMs that differ in nothing else.
@@ -47,23 +59,26 @@ pub(super) async fn pause(lab: &Lab, quick: bool, report: &mut Report) -> Result
     }
     for _ in 0..if quick { 12 } else { 40 } {
         for (name, pauses) in names.iter().zip(&mut pauses) {
-            pauses.push(checkpoint(&home, name).await?);
+            pauses.push(checkpoint_phases(&home, name).await?);
         }
     }
     for name in names {
         home.remove_vm(&name, true).await?;
     }
     drop_checkpoints(&home).await?;
-    let [with, without] = pauses;
+    let column = |of: &[[f64; 4]], at: usize| of.iter().map(|sample| sample[at]).collect::<Vec<_>>();
+    let [with, without] = &pauses;
     report.goals.push(Goal::at_most(
         "parent's pause with a disk and a network / without",
-        median(&with) / median(&without),
+        median(&column(with, 0)) / median(&column(without, 0)),
         1.3,
     ));
-    report.results.extend([
-        Measured::of("pause with a disk and a network", "ms", with),
-        Measured::of("pause without", "ms", without),
-    ]);
+    for (what, samples) in [("with a disk and a network", with), ("without", without)] {
+        report.results.push(Measured::of(format!("pause {what}"), "ms", column(samples, 0)));
+        for (at, phase) in (1..).zip(PHASES) {
+            report.results.push(Measured::of(format!("pause {what}: of that, {phase}"), "ms", column(samples, at)));
+        }
+    }
     Ok(())
 }
 
@@ -135,29 +150,40 @@ pub(super) async fn bytes_fetched(lab: &Lab, quick: bool, report: &mut Report) -
     let (home, there) = (lab.client(1), lab.client(2));
     let image = images()?.load(super::WEB)?;
     let stored = image.manifest.disk.as_ref().context("The image has no disk")?.stored;
-    let (mut first, mut second) = (Vec::new(), Vec::new());
+    let (mut first, mut second, mut control, mut second_read) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..if quick { 2 } else { 5 } {
         say(&format!("a clone elsewhere and its sibling, {}", round + 1));
         // A family of its own each time: nothing of it is on the other host.
         let parent = boot(&home, &request("parent", super::WEB)).await?;
         wait_for_apache(&home, &parent.name).await?;
         // Its own disk has something that is in no golden image.
-        sh(&home, &parent.name, "dd if=/dev/urandom of=/var/tmp/own bs=1M count=16 2>/dev/null; sync").await?;
+        let own =
+            format!("dd if=/dev/urandom of=/var/tmp/own bs=1M count={OWN_MIB} 2>/dev/null; sync; md5sum /var/tmp/own");
+        let sum = sh(&home, &parent.name, &own).await?;
         let socket = lab.dir().join(format!("h2/disk/{}/control.sock", parent.family));
         let made = fork(&home, &parent.name, 1, &["h2"], api::Quiesce::default()).await?;
         let clone = made.clones.first().context("No clone")?.vm.name.clone();
         wait_for_apache(&there, &clone).await?;
         let until_answer = fetched(&socket)?;
         let checkpoint = made.parent.checkpoint.id.to_string();
+        // That bytes are counted is seen when it reads what it has from its parent's disk alone.
+        let read = "echo 3 >/proc/sys/vm/drop_caches; md5sum /var/tmp/own";
+        ensure!(sh(&there, &clone, read).await? == sum, "A clone elsewhere reads other bytes than its parent wrote");
         // What the first one still fetches for itself is none of its sibling's.
         tokio::time::sleep(Duration::from_secs(3)).await;
         let before = fetched(&socket)?;
+        let grown = before.saturating_sub(until_answer);
+        ensure!(grown >= OWN_MIB << 20, "Reading {OWN_MIB} MiB of the parent's disk fetched {grown} bytes only");
+        control.push(grown as f64);
         let request = api::CloneRequest { hosts: vec!["h2".into()], wait_agent_s: 300, ..api::CloneRequest::new(1) };
         let sibling = home.clone_checkpoint(&checkpoint, &request).await?.clones;
         let sibling = sibling.first().context("No clone")?.vm.name.clone();
         wait_for_apache(&there, &sibling).await?;
         first.push(until_answer as f64);
-        second.push(fetched(&socket)?.saturating_sub(before) as f64);
+        let until_answer = fetched(&socket)?;
+        second.push(until_answer.saturating_sub(before) as f64);
+        ensure!(sh(&there, &sibling, read).await? == sum, "A sibling reads other bytes than its parent wrote");
+        second_read.push(fetched(&socket)?.saturating_sub(until_answer) as f64);
         for vm in [clone, sibling] {
             there.remove_vm(&vm, true).await?;
         }
@@ -177,7 +203,13 @@ pub(super) async fn bytes_fetched(lab: &Lab, quick: bool, report: &mut Report) -
     let mib = |values: Vec<f64>| values.into_iter().map(|bytes| bytes / MIB).collect();
     report.results.extend([
         Measured::of("clone elsewhere: disk bytes fetched until its Apache answers", "MiB", mib(first)),
-        Measured::of("its sibling: disk bytes fetched", "MiB", mib(second)),
+        Measured::of("its sibling: disk bytes fetched until its Apache answers", "MiB", mib(second)),
+        Measured::of(
+            format!("clone elsewhere: fetched to read {OWN_MIB} MiB that its parent wrote"),
+            "MiB",
+            mib(control),
+        ),
+        Measured::of("its sibling: fetched to read the same", "MiB", mib(second_read)),
         one("image: bytes stored", "MiB", stored as f64 / MIB),
     ]);
     Ok(())
