@@ -1,17 +1,13 @@
 //! The control socket: reads requests, acts on the disks, writes answers.
 
 use crate::{
-    control::{ControlError, MAX_LINE, PingReply, Request, Response},
+    control::{ControlError, MAX_LINE, PingReply, Request},
     host::Host,
 };
-use serde::Serialize;
+use ramet_wire::control::{self, json};
 use std::{
     fs,
-    io::{BufRead, BufReader, Read, Write},
-    os::unix::{
-        fs::PermissionsExt,
-        net::{UnixListener, UnixStream},
-    },
+    os::unix::{fs::PermissionsExt, net::UnixListener},
     path::Path,
     sync::Arc,
 };
@@ -27,52 +23,14 @@ pub fn serve(path: &Path, host: &Arc<Host>, listen: Option<&str>) -> std::io::Re
     let listener = UnixListener::bind(&new)?;
     fs::set_permissions(&new, fs::Permissions::from_mode(0o600))?;
     fs::rename(&new, path)?;
-    for stream in listener.incoming() {
-        let (host, listen) = (host.clone(), listen.map(str::to_owned));
-        let spawned = stream.and_then(|stream| {
-            let body = move || converse(&stream, &host, listen.as_deref());
-            std::thread::Builder::new().name("control".into()).spawn(body)
-        });
-        if let Err(err) = spawned {
-            tracing::warn!(error = %err, "a control connection could not be served");
-        }
-    }
+    let (host, listen) = (host.clone(), listen.map(str::to_owned));
+    control::serve(&listener, MAX_LINE, move |request| act(request, &host, listen.as_deref()));
     Ok(())
-}
-
-fn converse(stream: &UnixStream, host: &Arc<Host>, listen: Option<&str>) {
-    let mut reader = BufReader::new(stream);
-    let mut line = String::new();
-    loop {
-        line.clear();
-        match (&mut reader).take(MAX_LINE).read_line(&mut line) {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
-        let response = match serde_json::from_str(&line) {
-            Ok(request) => act(request, host, listen).map_or_else(Response::Error, Response::Ok),
-            Err(err) => Response::Error(ControlError::new("bad_request", format!("not a request: {err}"))),
-        };
-        let Ok(mut bytes) = serde_json::to_vec(&response) else { return };
-        bytes.push(b'\n');
-        let mut out = stream;
-        if out.write_all(&bytes).is_err() || !line.ends_with('\n') {
-            return;
-        }
-    }
-}
-
-fn json(value: impl Serialize) -> Result<serde_json::Value, ControlError> {
-    serde_json::to_value(value).map_err(|err| ControlError::new("internal", err.to_string()))
 }
 
 fn act(request: Request, host: &Arc<Host>, listen: Option<&str>) -> Result<serde_json::Value, ControlError> {
     match request {
-        Request::Ping => json(PingReply {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            pid: std::process::id(),
-            listen: listen.map(str::to_owned),
-        }),
+        Request::Ping => json(PingReply::here(env!("CARGO_PKG_VERSION"), listen)),
         Request::FrozenAdd { disk, chain } => json(host.add_frozen(disk, chain)?),
         Request::Extents { disk } => json(host.extents(disk)?),
         Request::RemoteAdd { disk, size, golden, extents, sources } => {
@@ -83,10 +41,7 @@ fn act(request: Request, host: &Arc<Host>, listen: Option<&str>) -> Result<serde
         Request::Shutdown => {
             host.end_exports();
             // Everything is on record: the end of this process loses nothing.
-            std::thread::spawn(|| {
-                std::thread::sleep(std::time::Duration::from_millis(50));
-                rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM)
-            });
+            control::end_soon();
             json(())
         }
     }

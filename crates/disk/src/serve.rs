@@ -14,7 +14,7 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -112,38 +112,9 @@ pub trait Disks: Send + Sync + 'static {
 
 /// Accepts connections until the listener is closed.
 pub fn serve(listener: &Listener, disks: &Arc<impl Disks>, family: FamilyId, host: &str) {
-    let peers = Arc::new(AtomicUsize::new(0));
-    loop {
-        let pending = match listener.accept() {
-            Ok(pending) => pending,
-            Err(StreamError::Closed) => return,
-            Err(err) => {
-                tracing::warn!(error = %err, "a connection could not be accepted");
-                std::thread::sleep(Duration::from_millis(20));
-                continue;
-            }
-        };
-        if peers.fetch_add(1, Ordering::AcqRel) >= MAX_PEERS {
-            peers.fetch_sub(1, Ordering::AcqRel);
-            disks.bad_peer();
-            continue;
-        }
-        let (disks, host, count) = (disks.clone(), host.to_owned(), peers.clone());
-        let spawned = std::thread::Builder::new().name("serve".into()).spawn(move || {
-            let peer = pending.peer_addr();
-            let ended = pending.handshake().and_then(|connection| converse(connection, &disks, family, &host));
-            if let Err(err) = ended
-                && !matches!(err, StreamError::Closed)
-            {
-                disks.bad_peer();
-                tracing::warn!(%peer, error = %err, "connection ended");
-            }
-            count.fetch_sub(1, Ordering::AcqRel);
-        });
-        if spawned.is_err() {
-            peers.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
+    let bad = disks.clone();
+    let (disks, host) = (disks.clone(), host.to_owned());
+    listener.serve(MAX_PEERS, move || bad.bad_peer(), move |connection| converse(connection, &disks, family, &host));
 }
 
 /// Serves one connection, handshake done, until the peer closes it.

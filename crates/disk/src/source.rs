@@ -10,6 +10,7 @@ use ramet_wire::{
     Connection, Encoding, Frame, LayerStatus, Message, Options, Pages, Priority, Receiver, Sender, StreamError,
     TlsConfig,
     frame::{MAX_PAGES_PER_REQUEST, VERSION},
+    stream::with_causes,
 };
 use std::{
     collections::BTreeMap,
@@ -226,7 +227,7 @@ impl Upstream {
             if state.ending || sink.strong_count() == 0 {
                 return;
             }
-            let text = format!("{} ({}): {}", source.name, source.addr, chain(&error));
+            let text = format!("{} ({}): {}", source.name, source.addr, with_causes(&error));
             tracing::info!(disk = %self.disk, source = text, "left a source of pages");
             state.error = Some(text);
             // A source that was of use is tried again first: it may only have been started anew.
@@ -404,18 +405,4 @@ fn request(number: u32, run: Run, out: &mut Vec<u8>) {
 
 fn refused(message: &str) -> StreamError {
     StreamError::Io { what: "asking for pages", source: io::Error::other(message.to_owned()) }
-}
-
-/// An error with its causes.
-fn chain(err: &dyn std::error::Error) -> String {
-    let mut text = err.to_string();
-    let mut next = err.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
 }

@@ -12,6 +12,7 @@
 
 use ramet_color::{CpuRoot, Method};
 use ramet_memory::{ImageId, LayerId, VmId};
+pub use ramet_wire::control::{ControlError, PingReply, Response, SourceAddress};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -140,53 +141,6 @@ pub enum View {
     Anonymous,
     /// A private view of an image.
     Image(ImageId),
-}
-
-/// A pager that has pages.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct SourceAddress {
-    /// `IP:PORT`.
-    pub addr: String,
-    /// The name in its host's certificate.
-    pub name: String,
-}
-
-/// An answer: either `ok` or `error`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Response {
-    /// The reply that the request's documentation names; `null` where it names none.
-    Ok(serde_json::Value),
-    /// What went wrong. Nothing half-made is left.
-    Error(ControlError),
-}
-
-/// A refused or failed request.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[error("{message}")]
-pub struct ControlError {
-    /// For programs: `no_such_vm`, `no_such_image`, `exists`, `in_use`, `bad_request`, `state`, `broken` or `internal`.
-    pub code: String,
-    /// For people: names the thing and, where there is one, the remedy.
-    pub message: String,
-}
-
-impl ControlError {
-    /// An error with this code and text.
-    pub fn new(code: &str, message: impl Into<String>) -> Self {
-        Self { code: code.to_owned(), message: message.into() }
-    }
-}
-
-/// Answers [`Request::Ping`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PingReply {
-    /// The pager's version.
-    pub version: String,
-    /// Its process.
-    pub pid: u32,
-    /// Where it serves pages to other hosts; `None` when started without `--listen`.
-    pub listen: Option<String>,
 }
 
 /// Answers [`Request::Attach`].

@@ -13,10 +13,7 @@ use ramet_wire::frame::{ErrorCode, Frame, LayerStatus, Message, PagesWriter, Pri
 use ramet_wire::stream::{Connection, Listener, Sender, StreamError};
 use std::{
     collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -33,38 +30,15 @@ const RELAY: Duration = Duration::from_secs(10);
 
 /// Accepts connections until the listener is closed.
 pub fn serve(listener: &Listener, family: &Arc<Family>, id: FamilyId, host: &str) {
-    let peers = Arc::new(AtomicUsize::new(0));
-    loop {
-        let pending = match listener.accept() {
-            Ok(pending) => pending,
-            Err(StreamError::Closed) => return,
-            Err(err) => {
-                tracing::warn!(error = %err, "a connection could not be accepted");
-                std::thread::sleep(Duration::from_millis(20));
-                continue;
-            }
-        };
-        if peers.fetch_add(1, Ordering::AcqRel) >= MAX_PEERS {
-            peers.fetch_sub(1, Ordering::AcqRel);
-            family.served.bad_peers.fetch_add(1, Ordering::Relaxed);
-            continue;
-        }
-        let (family, host, count) = (family.clone(), host.to_owned(), peers.clone());
-        let spawned = std::thread::Builder::new().name("serve".into()).spawn(move || {
-            let peer = pending.peer_addr();
-            let ended = pending.handshake().and_then(|connection| serve_connection(connection, &family, id, &host));
-            if let Err(err) = ended
-                && !matches!(err, StreamError::Closed)
-            {
-                family.served.bad_peers.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(%peer, error = %err, "connection ended");
-            }
-            count.fetch_sub(1, Ordering::AcqRel);
-        });
-        if spawned.is_err() {
-            peers.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
+    let bad = family.clone();
+    let (family, host) = (family.clone(), host.to_owned());
+    listener.serve(
+        MAX_PEERS,
+        move || {
+            bad.served.bad_peers.fetch_add(1, Ordering::Relaxed);
+        },
+        move |connection| serve_connection(connection, &family, id, &host),
+    );
 }
 
 /// Serves one connection, handshake done, until the peer closes it.

@@ -20,7 +20,7 @@ use crate::{
 use arc_swap::{ArcSwap, ArcSwapOption};
 use ramet_memory::{FamilyId, LayerId, PAGE_SIZE, PageIndex, PageRun, page_checksum};
 use ramet_wire::frame::{Encoding, EntryRun, Frame, HEADER_LEN, LayerStatus, Message, Pages, Priority, VERSION};
-use ramet_wire::stream::{Connection, Options, Receiver, Sender, StreamError, TlsConfig};
+use ramet_wire::stream::{Connection, Options, Receiver, Sender, StreamError, TlsConfig, with_causes};
 use std::{
     io,
     net::SocketAddr,
@@ -397,7 +397,7 @@ impl Source {
                 return;
             }
             let mut status = lock(&self.status);
-            status.error = Some(chain(&failed));
+            status.error = Some(with_causes(&failed));
             status.disconnected.get_or_insert_with(Instant::now);
             drop(status);
             std::thread::sleep(backoff);
@@ -625,20 +625,6 @@ fn parse(address: &SourceAddress) -> io::Result<SocketAddr> {
 
 fn refused(message: &str) -> StreamError {
     StreamError::Io { what: "asking for pages", source: io::Error::other(message.to_owned()) }
-}
-
-/// An error with its causes.
-fn chain(err: &dyn std::error::Error) -> String {
-    let mut text = err.to_string();
-    let mut next = err.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //!
 //! * [`frame`]: the page protocol, as bytes. Pure: no sockets, no allocation while decoding.
 //! * [`stream`]: blocking, full-duplex connections that carry frames; mutual TLS over TCP.
+//! * [`control`]: what frames the talk between rametd and the processes that serve pages on its host.
 //! * [`descriptor`]: what a host needs to start a clone.
 //!
 //! Every page carries [`page_checksum`] from the copy out of its parent to the host that maps it. The checksum covers the
@@ -9,6 +10,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod control;
 pub mod descriptor;
 pub mod frame;
 #[doc(hidden)]

@@ -14,9 +14,11 @@
 mod handshake;
 mod identity;
 mod record;
+mod serving;
 mod socket;
 
 pub use identity::{TlsConfig, TlsFiles};
+pub use serving::with_causes;
 
 use crate::frame::{ErrorCode, Frame, Message, WireError};
 use record::{Decryptor, Encryptor};

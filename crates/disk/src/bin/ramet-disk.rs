@@ -9,12 +9,7 @@ use ramet_disk::{
 };
 use ramet_memory::FamilyId;
 use ramet_wire::{Listener, Options, TlsFiles};
-use std::{
-    fs,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 /// Serves the frozen disks of one family of VMs on this host.
 #[derive(Debug, Parser)]
@@ -72,7 +67,8 @@ fn main() -> anyhow::Result<()> {
         .with_context(|| format!("take over the disks of {}", arguments.dir.display()))?;
     let mut listen = None;
     if let (Some(addr), Some(tls)) = (arguments.listen, tls) {
-        let page_listener = listen_at(addr, &arguments.dir, |addr| Listener::bind(addr, &tls, &options))?;
+        let page_listener =
+            Listener::bind_again(addr, &arguments.dir, &tls, &options).with_context(|| format!("listen at {addr}"))?;
         listen = Some(page_listener.local_addr().to_string());
         let (disks, host) = (disks.clone(), arguments.host);
         std::thread::Builder::new()
@@ -83,24 +79,4 @@ fn main() -> anyhow::Result<()> {
     tracing::info!(%family, listen, "disks are ready");
     let control = arguments.control.unwrap_or_else(|| arguments.dir.join("control.sock"));
     listener::serve(&control, &disks, listen.as_deref()).context("serve the control socket")
-}
-
-/// Binds where the process before this one listened, so that other hosts find it again, or else at `addr`.
-fn listen_at<E>(
-    addr: SocketAddr,
-    dir: &Path,
-    bind: impl Fn(SocketAddr) -> Result<Listener, E>,
-) -> anyhow::Result<Listener>
-where
-    E: std::error::Error + Send + Sync + 'static,
-{
-    let note = dir.join("listen");
-    let before = fs::read_to_string(&note).ok().and_then(|text| text.parse::<SocketAddr>().ok());
-    let before = before.filter(|b| b.ip() == addr.ip() && (addr.port() == 0 || addr.port() == b.port()));
-    let bound = match before.map(&bind) {
-        Some(Ok(bound)) => bound,
-        _ => bind(addr).with_context(|| format!("listen at {addr}"))?,
-    };
-    fs::write(&note, bound.local_addr().to_string()).context("note the address")?;
-    Ok(bound)
 }

@@ -5,11 +5,7 @@ use clap::Parser;
 use ramet_memory::FamilyId;
 use ramet_pager::{family::Family, listener, server, source::SourceConfig};
 use ramet_wire::stream::{Listener, Options, TlsFiles};
-use std::{
-    fs,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-};
+use std::{net::SocketAddr, path::PathBuf};
 
 /// Serves the memory of one family of VMs on this host.
 #[derive(Debug, Parser)]
@@ -53,7 +49,8 @@ fn main() -> anyhow::Result<()> {
     family.restore().context("take over from the pager before")?;
     let mut listen = None;
     if let (Some(addr), Some(tls)) = (arguments.listen, tls) {
-        let page_listener = listen_at(addr, &arguments.family_dir, |addr| Listener::bind(addr, &tls, &options))?;
+        let page_listener = Listener::bind_again(addr, &arguments.family_dir, &tls, &options)
+            .with_context(|| format!("listen at {addr}"))?;
         listen = Some(page_listener.local_addr().to_string());
         let (family, host) = (family.clone(), arguments.host);
         std::thread::Builder::new()
@@ -63,24 +60,4 @@ fn main() -> anyhow::Result<()> {
     }
     tracing::info!(family = %id, listen, "pager is ready");
     listener::serve(&arguments.control, &family, listen.as_deref()).context("serve the control socket")
-}
-
-/// Binds where the pager before this one listened, so that other hosts find it again, or else at `addr`.
-fn listen_at<E>(
-    addr: SocketAddr,
-    dir: &Path,
-    bind: impl Fn(SocketAddr) -> Result<Listener, E>,
-) -> anyhow::Result<Listener>
-where
-    E: std::error::Error + Send + Sync + 'static,
-{
-    let note = dir.join("listen");
-    let before = fs::read_to_string(&note).ok().and_then(|text| text.parse::<SocketAddr>().ok());
-    let before = before.filter(|b| b.ip() == addr.ip() && (addr.port() == 0 || addr.port() == b.port()));
-    let bound = match before.map(&bind) {
-        Some(Ok(bound)) => bound,
-        _ => bind(addr).with_context(|| format!("listen at {addr}"))?,
-    };
-    fs::write(&note, bound.local_addr().to_string()).context("note the address")?;
-    Ok(bound)
 }
