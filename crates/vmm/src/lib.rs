@@ -124,8 +124,8 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     async fn disk_failure(&self) -> String;
     /// Waits until the guest is reset: it boots anew.
     async fn reset(&self);
-    /// Saves the devices' state, without memory. The guest runs until its devices are saved, and is stopped when this
-    /// returns: call [`VmProcess::cont`]. `next`: a new overlay for a machine with a disk; at the same instant the one in
+    /// Stops the guest and saves its devices' state, without memory. It stands still when this returns: call
+    /// [`VmProcess::cont`]. `next`: a new overlay for a machine with a disk; at the same instant the one in
     /// use is frozen, and the guest writes to this one from then on.
     ///
     /// # Errors

@@ -2,9 +2,10 @@
 //!
 //! # How a VM is frozen and loaded
 //!
-//! Memory is a shared file as far as QEMU knows, and capability `x-ignore-shared` leaves such memory out of migration. So a
-//! migration carries the devices' state only. It is started while the guest runs: QEMU stops the CPUs itself when nothing but
-//! that state is left, so the set-up of a migration, which grows with memory, is not part of the pause.
+//! `xen-save-devices-state` writes the devices and nothing else, in the format of a migration, on the thread that runs the
+//! command; it asks nothing of Xen. A real migration would take a second thread through its states while the guest stands
+//! still, and would close every layer of its disk and open it again (`bdrv_inactivate_all`), which grows with their number.
+//! Memory is left out by both: the pager has it.
 //!
 //! A VM that waits for a state has its incoming migration open already, on a socket pair whose other end is here: loading
 //! is writing bytes and waiting for the word that they were understood.
@@ -294,11 +295,13 @@ struct QemuProcess {
     qmp: Qmp,
     /// Where the state of a waiting VM is written to.
     incoming: Mutex<Option<StdUnixStream>>,
+    /// QEMU's number of the descriptor that a state was last written to.
+    state_set: Mutex<Option<u64>>,
 }
 
 impl QemuProcess {
     fn new(paths: VmPaths, spec: MachineSpec, process: Process, qmp: Qmp) -> Self {
-        Self { paths, spec, process, qmp, incoming: Mutex::default() }
+        Self { paths, spec, process, qmp, incoming: Mutex::default(), state_set: Mutex::default() }
     }
 
     async fn execute(&self, command: &str, arguments: Value) -> Result<Value, VmmError> {
@@ -317,15 +320,8 @@ impl QemuProcess {
 
     async fn set_up(&self, boot: &Boot) -> Result<(), VmmError> {
         let on = |name: &str| json!({ "capability": name, "state": true });
-        let mut capabilities = vec![on("x-ignore-shared"), on("events")];
-        if self.spec.disk.is_some() {
-            // The disk is frozen between the stop of the CPUs and the saving of the devices.
-            capabilities.push(on("pause-before-switchover"));
-        }
-        let capabilities = json!({ "capabilities": capabilities });
+        let capabilities = json!({ "capabilities": [on("x-ignore-shared"), on("events")] });
         self.execute("migrate-set-capabilities", capabilities).await?;
-        // There is little to send; a limit would only make the pause longer.
-        self.execute("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40 })).await?;
         // One that is given a disk and a network card is not ready for a state before that.
         if *boot == Boot::Incoming && !self.spec.has_attachments() {
             self.wait_for_state().await?;
@@ -380,28 +376,66 @@ impl QemuProcess {
         Ok(layers.filter(|n| n != node).collect())
     }
 
-    /// Waits for the end of a migration. `freeze`: the node to freeze on the way, and the overlay that takes its place.
-    async fn migrated(
+    /// A file in memory that QEMU can write a state to.
+    async fn state_file(&self) -> Result<StateFile, VmmError> {
+        let what = |source| VmmError::File { what: "make", path: "a file in memory".into(), source };
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = File::from(rustix::fs::memfd_create("state", flags).map_err(|e| what(e.into()))?);
+        // QEMU takes a descriptor only for just what it was opened for.
+        let written = File::options().write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(what)?;
+        let answer = self.qmp.execute_with("add-fd", Value::Null, written.as_fd(), COMMAND).await;
+        let answer = answer.map_err(|err| self.died_instead(err))?;
+        let set = answer.get("fdset-id").and_then(Value::as_u64);
+        let set = set.ok_or_else(|| devices::lacks("add-fd", "number"))?;
+        *self.state_set.lock().unwrap_or_else(PoisonError::into_inner) = Some(set);
+        Ok(StateFile { file, set })
+    }
+
+    /// Stops the CPUs, freezes the disk, writes the devices. `freeze`: the disk's node, and the overlay that takes its
+    /// place.
+    async fn save_into(
         &self,
-        events: &mut broadcast::Receiver<Event>,
-        stopped: &mut Option<SystemTime>,
+        state: &StateFile,
         freeze: Option<(&str, &str)>,
-    ) -> Result<SystemTime, String> {
+        requested: SystemTime,
+    ) -> Result<SavedState, VmmError> {
+        let mut events = self.qmp.events();
+        self.execute("stop", Value::Null).await?;
+        let mut stopped = None;
+        // The event was sent before the answer.
+        while let Ok(event) = events.try_recv() {
+            if event.name == "STOP" {
+                stopped = Some(event.at);
+            }
+        }
+        // One that stood still already has no such event.
+        let stopped_at = stopped.unwrap_or_else(SystemTime::now);
+        // The CPUs stand still, and no request is under way.
+        if let Some((node, overlay)) = freeze {
+            self.execute("blockdev-snapshot", json!({ "node": node, "overlay": overlay })).await?;
+        }
+        // Not `live`: with that QEMU would give its disks up, for another that takes the VM over.
+        let arguments = json!({ "filename": format!("/dev/fdset/{}", state.set), "live": false });
+        let written = self.qmp.execute("xen-save-devices-state", arguments, STATE).await;
+        written.map_err(|err| self.died_instead(err))?;
+        let completed = SystemTime::now();
+        let bytes = state.bytes().map_err(|err| VmmError::State {
+            what: "save",
+            message: format!("what QEMU wrote can't be read: {err}"),
+            words: self.stderr_tail(),
+        })?;
+        let between = |a: SystemTime, b: SystemTime| b.duration_since(a).unwrap_or_default();
+        let saving = between(stopped_at, completed);
+        Ok(SavedState { bytes, stopped_at, before_stop: between(requested, stopped_at), saving })
+    }
+
+    /// Waits for the end of an incoming migration.
+    async fn migrated(&self, events: &mut broadcast::Receiver<Event>) -> Result<(), String> {
         let wait = async {
             loop {
                 match events.recv().await {
                     Ok(event) => match (event.name.as_str(), event.data.get("status").and_then(Value::as_str)) {
-                        ("STOP", _) => *stopped = Some(event.at),
-                        ("MIGRATION", Some("pre-switchover")) => {
-                            // The CPUs stand still, and no request is under way.
-                            if let Some((node, overlay)) = freeze {
-                                let arguments = json!({ "node": node, "overlay": overlay });
-                                self.execute("blockdev-snapshot", arguments).await.map_err(|e| e.to_string())?;
-                            }
-                            let arguments = json!({ "state": "pre-switchover" });
-                            self.execute("migrate-continue", arguments).await.map_err(|e| e.to_string())?;
-                        }
-                        ("MIGRATION", Some("completed")) => return Ok(event.at),
+                        ("MIGRATION", Some("completed")) => return Ok(()),
                         ("MIGRATION", Some(status @ ("failed" | "cancelled"))) => return Err(status.to_owned()),
                         _ => {}
                     },
@@ -459,6 +493,24 @@ impl QemuProcess {
         let reason = info.as_ref().and_then(|i| i.get("error-desc")).and_then(Value::as_str);
         let message = reason.map_or(message.clone(), |reason| format!("{message}: {reason}"));
         VmmError::State { what, message, words: self.stderr_tail() }
+    }
+}
+
+/// Where QEMU writes a state to.
+#[derive(Debug)]
+struct StateFile {
+    file: File,
+    /// QEMU's number of it.
+    set: u64,
+}
+
+impl StateFile {
+    /// All that was written.
+    fn bytes(&self) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::with_capacity(512 << 10);
+        // QEMU has a position of its own.
+        (&self.file).read_to_end(&mut bytes)?;
+        Ok(bytes)
     }
 }
 
@@ -613,49 +665,19 @@ impl VmProcess for QemuProcess {
             self.add_node(devices::active(next, None)).await?;
         }
         let freeze = node.as_deref().zip(overlay.as_deref());
-        let (ours, theirs) = pair()?;
-        let mut events = self.qmp.events();
-        self.pass("outgoing", theirs.as_fd()).await?;
-        // The other end is QEMU's alone: its end is the end of the state.
-        drop(theirs);
-        let reader = tokio::task::spawn_blocking(move || {
-            let mut bytes = Vec::with_capacity(512 << 10);
-            let mut ours = ours;
-            ours.set_read_timeout(Some(STATE))?;
-            ours.read_to_end(&mut bytes).map(|_| bytes)
-        });
-        let mut stopped = None;
-        let ended = match self.execute("migrate", json!({ "uri": "fd:outgoing" })).await {
-            Ok(_) => self.migrated(&mut events, &mut stopped, freeze).await,
-            Err(err) => {
-                let _ = self.execute("closefd", json!({ "fdname": "outgoing" })).await;
-                Err(err.to_string())
-            }
+        let saved = match self.state_file().await {
+            Ok(file) => self.save_into(&file, freeze, requested).await,
+            Err(err) => Err(err),
         };
-        if ended.is_err() {
-            // It may stand between the freezing and the devices.
-            let _ = self.execute("migrate_cancel", Value::Null).await;
-        }
-        let bytes = reader.await.map_err(io::Error::other).flatten();
-        match (ended, bytes) {
-            (Ok(completed), Ok(bytes)) => {
-                let stopped_at = stopped.unwrap_or(completed);
-                let between = |a: SystemTime, b: SystemTime| b.duration_since(a).unwrap_or_default();
-                let before_stop = between(requested, stopped_at);
-                Ok(SavedState { bytes, stopped_at, before_stop, saving: between(stopped_at, completed) })
-            }
-            (ended, bytes) => {
-                let message = ended.err().or(bytes.err().map(|e| e.to_string())).unwrap_or_default();
-                let err = self.state_error("save", message).await;
-                // The guest runs on, whatever happened.
-                let _ = self.execute("cont", Value::Null).await;
-                if let Some(overlay) = &overlay {
-                    // Refused when the guest writes to it.
-                    let _ = self.execute("blockdev-del", json!({ "node-name": overlay })).await;
-                }
-                Err(err)
+        if saved.is_err() {
+            // The guest runs on, whatever happened.
+            let _ = self.cont().await;
+            if let Some(overlay) = &overlay {
+                // Refused when the guest writes to it.
+                let _ = self.execute("blockdev-del", json!({ "node-name": overlay })).await;
             }
         }
+        saved
     }
 
     async fn start_when_loaded(&self) -> Result<(), VmmError> {
@@ -681,11 +703,10 @@ impl VmProcess for QemuProcess {
             stream.write_all(state).await?;
             stream.shutdown().await
         };
-        let mut stopped = None;
-        let loaded = self.migrated(&mut events, &mut stopped, None);
+        let loaded = self.migrated(&mut events);
         // What was not written is missed by QEMU, which says so.
         match tokio::join!(tokio::time::timeout(STATE, write), loaded).1 {
-            Ok(_) => Ok(()),
+            Ok(()) => Ok(()),
             Err(message) => Err(self.state_error("load", message).await),
         }
     }
@@ -700,7 +721,13 @@ impl VmProcess for QemuProcess {
                 at = Some(event.at);
             }
         }
-        Ok(Resumed { at: at.unwrap_or_else(SystemTime::now) })
+        let resumed = Resumed { at: at.unwrap_or_else(SystemTime::now) };
+        // Not while the guest stands still.
+        let written = self.state_set.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(set) = written {
+            self.execute("remove-fd", json!({ "fdset-id": set })).await?;
+        }
+        Ok(resumed)
     }
 
     async fn generation_id(&self) -> Result<String, VmmError> {

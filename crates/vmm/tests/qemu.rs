@@ -81,7 +81,7 @@ async fn a_state_is_saved_again_and_again_and_loads() {
             "{} bytes: memory must not be in it",
             saved.bytes.len()
         );
-        assert_eq!(parent.query_status().await.unwrap(), "postmigrate");
+        assert_eq!(parent.query_status().await.unwrap(), "paused");
         let clone = vmm.launch(&spec(), Boot::Incoming, &dir.path().join("clone")).await.unwrap();
         copy_memory(&*parent, &*clone, &dir.path().join("memory"));
         parent.cont().await.unwrap();
