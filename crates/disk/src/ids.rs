@@ -12,6 +12,9 @@ use std::{fmt, str::FromStr};
 #[serde(transparent)]
 pub struct DiskId(LayerId);
 
+/// The bit by which twins differ. It is among their first digits, which are what shortened names have of them.
+const TWIN: u128 = 1 << 127;
+
 impl DiskId {
     /// A new identifier, drawn from the kernel's random numbers.
     ///
@@ -20,6 +23,28 @@ impl DiskId {
     #[must_use]
     pub fn random() -> Self {
         Self(LayerId::random())
+    }
+
+    /// A new pair of identifiers. Each tells the other: [`Self::twin`].
+    ///
+    /// # Panics
+    /// As [`Self::random`].
+    #[must_use]
+    pub fn random_twins() -> [Self; 2] {
+        let first = Self::from_u128(Self::random().as_u128() & !TWIN);
+        [first, first.twin()]
+    }
+
+    /// The other one of a pair; whether there is a pair, the caller knows.
+    #[must_use]
+    pub const fn twin(self) -> Self {
+        Self::from_u128(self.as_u128() ^ TWIN)
+    }
+
+    /// Whether it would be the second one of a pair.
+    #[must_use]
+    pub const fn is_second_twin(self) -> bool {
+        self.as_u128() & TWIN != 0
     }
 
     /// The identifier with this number.

@@ -10,7 +10,8 @@ use ramet_client::api::{AccelKind, DoctorReport, ErrorCode, Finding, FindingStat
 use ramet_image::ImageStore;
 use ramet_memory::ByteSize;
 use ramet_vmm::{
-    Accel, AgentPort, ExitInfo, MachineSpec, Pool, PoolConfig, VmProcess, Vmm, VmmConfig, VmmError, doctor as probe,
+    Accel, AgentPort, ExitInfo, MachineSpec, NextOverlays, Pool, PoolConfig, VmProcess, Vmm, VmmConfig, VmmError,
+    doctor as probe,
 };
 
 use crate::{
@@ -97,15 +98,17 @@ pub struct Saved {
     pub bytes: Vec<u8>,
     /// When the CPUs stopped, by QEMU's clock.
     pub stopped: SystemTime,
+    /// The second of the overlays for its disk is in use.
+    pub second_overlay: bool,
 }
 
-/// Saves a VM's devices. The VM stands still afterwards. `next`: the overlay that takes its disk's place.
+/// Saves a VM's devices. The VM stands still afterwards. `next`: the overlays that take its disk's place.
 ///
 /// # Errors
 /// When QEMU fails; the VM may stand still or run.
-pub async fn save_state(process: &Arc<dyn VmProcess>, next: Option<&Path>) -> ApiResult<Saved> {
+pub async fn save_state(process: &Arc<dyn VmProcess>, next: Option<NextOverlays<'_>>) -> ApiResult<Saved> {
     let saved = process.save_state(next).await.map_err(|e| failed("The devices could not be saved", e))?;
-    Ok(Saved { bytes: saved.bytes, stopped: saved.stopped_at })
+    Ok(Saved { bytes: saved.bytes, stopped: saved.stopped_at, second_overlay: saved.second_overlay })
 }
 
 /// Lets a VM go on, and tells when it did, by QEMU's clock.

@@ -10,6 +10,7 @@ use std::{
 use ramet_client::api::{
     CheckpointInfo, CheckpointRequest, CheckpointResult, ErrorCode, LayerInfo, Quiesce, Timeline, UserInfo, VmState,
 };
+use ramet_disk::DiskId;
 use ramet_memory::{ByteSize, ImageId, LayerId, PageCount, VmId};
 use ramet_pager::control::{ImageReport, View};
 
@@ -156,7 +157,7 @@ impl Daemon {
         if frozen {
             self.thaw(&running, &vm);
         }
-        let (state, pause_us) = match paused {
+        let (saved, pause_us) = match paused {
             Ok(saved) => saved,
             Err(err) => {
                 if let Some(next) = &next {
@@ -166,6 +167,8 @@ impl Daemon {
             }
         };
         // The parent runs again. From here on, what fails takes the checkpoint back.
+        let state = saved.bytes;
+        let overlays = next.as_ref().map(|next| self.used_overlays(next, saved.second_overlay)).unwrap_or_default();
         let record = CheckpointRecord {
             id: image,
             note,
@@ -184,16 +187,14 @@ impl Daemon {
             pause_us,
             peers: Vec::new(),
             pending,
-            disk: vm.disk.as_ref().map(|disk| self.freeze_disk(vm.family, disk)),
+            disk: vm.disk.as_ref().map(|disk| self.freeze_disk(vm.family, disk, overlays)),
             frozen,
             joined: vm.joined.iter().map(|j| j.network).collect(),
         };
-        let on_record = self.put_on_record(&pager, record, &state, next.as_ref()).await;
-        if let Some(next) = &next {
-            if on_record.is_err() {
-                self.settle_overlay(&running, next).await;
-            }
-            self.overlay_settled(next.id);
+        let on_record = self.put_on_record(&pager, record, &state, overlays).await;
+        match &next {
+            Some(next) if on_record.is_err() => self.settle_overlay(&running, next).await,
+            _ => overlays.iter().for_each(|id| self.overlay_settled(*id)),
         }
         let record = match on_record {
             Ok(record) => record,
@@ -215,9 +216,8 @@ impl Daemon {
         pager: &Pager,
         mut record: CheckpointRecord,
         state: &[u8],
-        next: Option<&NextOverlay>,
+        overlays: &[DiskId],
     ) -> ApiResult<CheckpointRecord> {
-        let next = next.map(|n| n.id);
         let failed = |what: &str, e: std::io::Error| ApiError::failed(what.to_owned(), e);
         let (path, temp) = (self.state_file(record.id), self.state_file(record.id).with_extension("new"));
         fs::write(&temp, state)
@@ -230,8 +230,8 @@ impl Daemon {
         self.store.update(move |s| -> ApiResult<()> {
             if let Some(vm) = s.vms.get_mut(&kept.vm) {
                 vm.base = Some(kept.id);
-                if let (Some(disk), Some(next)) = (vm.disk.take(), next) {
-                    vm.disk = Some(disk.followed_by(next));
+                if let Some(disk) = vm.disk.take() {
+                    vm.disk = Some(overlays.iter().fold(disk, |disk, &next| disk.followed_by(next)));
                 }
             }
             s.checkpoints.insert(kept.id, kept);
@@ -274,7 +274,7 @@ impl Daemon {
         image: ImageId,
         next: Option<&NextOverlay>,
         clock: &mut Clock,
-    ) -> ApiResult<(Vec<u8>, u64)> {
+    ) -> ApiResult<(backend::Saved, u64)> {
         running.paused.store(true, Ordering::Release);
         let result = self.pause_and_commit_inner(running, pager, next, clock).await;
         // Before the pager is told, which may be away. Does no harm to a VM that runs.
@@ -298,8 +298,8 @@ impl Daemon {
         pager: &Pager,
         next: Option<&NextOverlay>,
         clock: &mut Clock,
-    ) -> ApiResult<(Vec<u8>, u64)> {
-        let saved = backend::save_state(&running.process, next.map(|n| n.path.as_path())).await?;
+    ) -> ApiResult<(backend::Saved, u64)> {
+        let saved = backend::save_state(&running.process, next.map(NextOverlay::paths)).await?;
         clock.lap("save");
         pager
             .control
@@ -312,7 +312,7 @@ impl Daemon {
         let pause = resumed.duration_since(saved.stopped).unwrap_or_default();
         let end = Instant::now();
         clock.span("pause", end.checked_sub(pause).unwrap_or(end), end);
-        Ok((saved.bytes, us(pause)))
+        Ok((saved, us(pause)))
     }
 
     /// Refuses a checkpoint whose pages may not fit.

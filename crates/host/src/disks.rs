@@ -67,11 +67,19 @@ impl Disks {
     }
 }
 
-/// A disk whose overlay is about to be frozen.
+/// What a disk whose overlay is about to be frozen is continued on: see [`ramet_vmm::NextOverlays`]. Their identifiers are
+/// twins, so that whoever finds the second one in use knows what lies below it.
 #[derive(Debug)]
 pub(crate) struct NextOverlay {
-    pub(crate) id: DiskId,
-    pub(crate) path: PathBuf,
+    pub(crate) ids: [DiskId; 2],
+    paths: [PathBuf; 2],
+}
+
+impl NextOverlay {
+    pub(crate) fn paths(&self) -> ramet_vmm::NextOverlays<'_> {
+        let [first, second] = &self.paths;
+        ramet_vmm::NextOverlays { first, second }
+    }
 }
 
 impl Daemon {
@@ -173,34 +181,62 @@ impl Daemon {
             let stopped = running.process.stop_flattening().await;
             stopped.map_err(|e| ApiError::failed("The merging of the disk's layers can't be stopped", e))?;
         }
-        let id = DiskId::random();
-        let path = self.make_overlay(vm.family, id, disk.frozen.size).await?;
-        Ok(Some(NextOverlay { id, path }))
+        let ids = DiskId::random_twins();
+        let make = |id| self.make_overlay(vm.family, id, disk.frozen.size);
+        match tokio::join!(make(ids[0]), make(ids[1])) {
+            (Ok(first), Ok(second)) => Ok(Some(NextOverlay { ids, paths: [first, second] })),
+            (first, second) => {
+                for (id, path) in [(ids[0], &first), (ids[1], &second)] {
+                    if let Ok(path) = path {
+                        let _ = fs::remove_file(path);
+                        self.overlay_settled(id);
+                    }
+                }
+                first.and(second).map(|_| None)
+            }
+        }
     }
 
-    /// After a checkpoint that failed: the VM may write to the new overlay all the same, and then that is how it is.
+    /// Those of the overlays that are in use, the uppermost one last, once a checkpoint has been taken. The other goes.
+    pub(crate) fn used_overlays<'a>(&self, next: &'a NextOverlay, second: bool) -> &'a [DiskId] {
+        if second {
+            return &next.ids;
+        }
+        let _ = fs::remove_file(&next.paths[1]);
+        self.overlay_settled(next.ids[1]);
+        &next.ids[..1]
+    }
+
+    /// After a checkpoint that failed: the VM may write to a new overlay all the same, and then that is how it is.
     pub(crate) async fn settle_overlay(&self, running: &Running, next: &NextOverlay) {
-        match running.process.disk_node().await {
-            Ok(node) if node == DiskChain::node(&next.path) => self.overlay_followed(running.id, next.id),
-            Ok(_) => {
-                let _ = fs::remove_file(&next.path);
-            }
-            // It stays until it is known: see `find_disk_again`.
+        let node = match running.process.disk_node().await {
+            Ok(node) => node,
+            // They stay until it is known: see `find_disk_again`.
             Err(err) => {
                 tracing::warn!(vm = %running.id, error = %err, "a disk can't be asked for");
                 return;
             }
+        };
+        let used = next.paths.iter().position(|path| node == DiskChain::node(path)).map_or(0, |at| at + 1);
+        self.overlay_followed(running.id, &next.ids[..used]);
+        for path in &next.paths[used..] {
+            let _ = fs::remove_file(path);
         }
-        self.overlay_settled(next.id);
+        for id in next.ids {
+            self.overlay_settled(id);
+        }
     }
 
-    /// Puts on record that a VM's overlay is frozen and this one took its place.
-    fn overlay_followed(&self, vm: VmId, next: DiskId) {
+    /// Puts on record that a VM's overlay is frozen and these took its place, each that of the one before.
+    fn overlay_followed(&self, vm: VmId, next: &[DiskId]) {
+        if next.is_empty() {
+            return;
+        }
         self.store.amend(|s| {
             if let Some(vm) = s.vms.get_mut(&vm)
                 && let Some(disk) = vm.disk.take()
             {
-                vm.disk = Some(disk.followed_by(next));
+                vm.disk = Some(next.iter().fold(disk, |disk, &next| disk.followed_by(next)));
             }
         });
     }
@@ -217,21 +253,30 @@ impl Daemon {
         let overlays = fs::read_dir(self.family_disks(vm.family)).into_iter().flatten().flatten();
         let found = overlays.map(|e| e.path()).find(|path| DiskChain::node(path) == node);
         match found.and_then(|p| p.file_stem()?.to_str()?.parse().ok()) {
-            Some(next) => self.overlay_followed(vm.id, next),
+            Some(next) => {
+                let first: Option<DiskId> = Some(next).filter(|n: &DiskId| n.is_second_twin()).map(DiskId::twin);
+                // The second one is only ever put over the first.
+                let first =
+                    first.filter(|first| *first != disk.active && self.overlay_path(vm.family, *first).exists());
+                let followed: Vec<_> = first.into_iter().chain([next]).collect();
+                self.overlay_followed(vm.id, &followed);
+            }
             None => tracing::error!(vm = %vm.id, node, "the file that the VM writes its disk to is unknown"),
         }
     }
 
-    /// The chain of a checkpoint: what the VM had, with the overlay that was just frozen on top.
-    pub(crate) fn freeze_disk(&self, family: FamilyId, disk: &VmDisk) -> FrozenDisk {
-        let path = self.overlay_path(family, disk.active);
-        // QEMU has it open and only reads it from now on; nobody else may write to it.
-        if let Err(err) = fs::set_permissions(&path, fs::Permissions::from_mode(0o444)) {
-            tracing::warn!(path = %path.display(), error = %err, "a frozen overlay is still writable");
+    /// The chain of a checkpoint: what the VM had, with what was just frozen on top. `next`: the overlays in use since.
+    pub(crate) fn freeze_disk(&self, family: FamilyId, disk: &VmDisk, next: &[DiskId]) -> FrozenDisk {
+        let before = disk.frozen.layers.len();
+        let after = next.iter().fold(disk.clone(), |disk, &next| disk.followed_by(next));
+        for layer in &after.frozen.layers[before..] {
+            let path = self.overlay_path(family, *layer);
+            // QEMU has it open and only reads it from now on; nobody else may write to it.
+            if let Err(err) = fs::set_permissions(&path, fs::Permissions::from_mode(0o444)) {
+                tracing::warn!(path = %path.display(), error = %err, "a frozen overlay is still writable");
+            }
         }
-        let mut frozen = disk.frozen.clone();
-        frozen.layers.push(disk.active);
-        frozen
+        after.frozen
     }
 
     /// Merges the layers below a VM's overlay into it, in the background, when they are many.

@@ -3,8 +3,11 @@
 use crate::VmmError;
 use serde_json::{Value, json};
 use std::{
+    fs::{self, File, FileTimes},
+    io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 /// Most characters of a node's name in QEMU.
@@ -97,6 +100,17 @@ pub(crate) fn active(layer: &Path, backing: Option<&str>) -> Value {
     })
 }
 
+/// Dates an overlay that nothing was written to yet back to the beginning of time.
+pub(crate) fn mark_untouched(overlay: &Path) -> io::Result<()> {
+    File::options().write(true).open(overlay)?.set_times(FileTimes::new().set_modified(SystemTime::UNIX_EPOCH))
+}
+
+/// Whether nothing was written to it since. Whatever a guest writes, or discards, changes clusters or their tables, which
+/// are in the file when QEMU has flushed it; and no write leaves a file's date so far back.
+pub(crate) fn is_untouched(overlay: &Path) -> io::Result<bool> {
+    Ok(fs::metadata(overlay)?.modified()? == SystemTime::UNIX_EPOCH)
+}
+
 /// The node that is attached to a device, in the answer to `query-block`.
 pub(crate) fn node_of(answer: &Value, device: &str) -> Option<String> {
     let entries = answer.as_array()?;
@@ -136,6 +150,18 @@ mod tests {
         let name = DiskChain::node(Path::new("/x/0123456789abcdef0123456789abcdef.qcow2"));
         assert_eq!(name, "d0123456789abcdef0123456789abcd");
         assert!(name.len() <= MAX_NODE_NAME);
+    }
+
+    #[test]
+    fn a_write_is_seen_however_soon_it_comes() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("overlay");
+        fs::write(&file, b"header").unwrap();
+        mark_untouched(&file).unwrap();
+        assert!(is_untouched(&file).unwrap());
+        // Neither larger nor with other blocks.
+        std::os::unix::fs::FileExt::write_at(&File::options().write(true).open(&file).unwrap(), b"H", 0).unwrap();
+        assert!(!is_untouched(&file).unwrap());
     }
 
     #[test]

@@ -125,12 +125,12 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     /// Waits until the guest is reset: it boots anew.
     async fn reset(&self);
     /// Stops the guest and saves its devices' state, without memory. It stands still when this returns: call
-    /// [`VmProcess::cont`]. `next`: a new overlay for a machine with a disk; at the same instant the one in
-    /// use is frozen, and the guest writes to this one from then on.
+    /// [`VmProcess::cont`]. `next`: for a machine with a disk, which is frozen at the same instant; the guest writes to one
+    /// of these from then on.
     ///
     /// # Errors
-    /// [`VmmError`]; the guest runs on. [`VmProcess::disk_node`] tells whether it writes to the new overlay.
-    async fn save_state(&self, next: Option<&Path>) -> Result<SavedState, VmmError>;
+    /// [`VmmError`]; the guest runs on. [`VmProcess::disk_node`] tells which overlay it writes to.
+    async fn save_state(&self, next: Option<NextOverlays<'_>>) -> Result<SavedState, VmmError>;
     /// Has the CPUs of a VM that waits for a state, and has its disk, start by themselves once the state is loaded. Asked
     /// for beforehand, that costs no time between the two.
     ///
@@ -171,6 +171,19 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     fn stderr_tail(&self) -> String;
 }
 
+/// Empty overlays for a disk that is about to be frozen.
+///
+/// To put an overlay on top takes QEMU longer than all that a pause is made of. So `first` is put there while the guest
+/// still runs. If the guest has written nothing to it when it stands still, the disk of that instant is what lies below.
+/// Otherwise `first` belongs to the disk of that instant, too, and `second` takes its place, within the pause.
+#[derive(Debug, Clone, Copy)]
+pub struct NextOverlays<'a> {
+    /// Put on top before the pause.
+    pub first: &'a Path,
+    /// Not used for a guest that writes nothing at that moment.
+    pub second: &'a Path,
+}
+
 /// Devices' state.
 #[derive(Debug, Clone)]
 pub struct SavedState {
@@ -182,6 +195,8 @@ pub struct SavedState {
     pub before_stop: Duration,
     /// From the stop of the CPUs to the end of saving.
     pub saving: Duration,
+    /// The guest had written to [`NextOverlays::first`], which is frozen, too; it writes to the second one from now on.
+    pub second_overlay: bool,
 }
 
 /// A start of CPUs.

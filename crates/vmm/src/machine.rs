@@ -121,6 +121,13 @@ impl MachineSpec {
         }
     }
 
+    /// Whether its virtio devices are of the kind before version 1. What is saved of a device of the later kind has an
+    /// entry for each of 1024 queues, there or not: 90 KB, and half of the pause for every two devices. Linux drives both,
+    /// through ports that PCI Express has few of.
+    pub(crate) fn is_legacy(&self) -> bool {
+        !self.is_q35()
+    }
+
     fn is_q35(&self) -> bool {
         self.machine.starts_with("pc-q35-")
     }
@@ -216,9 +223,10 @@ pub(crate) fn arguments(spec: &MachineSpec, boot: &Boot, paths: &VmPaths, sandbo
     add("-chardev", format!("socket,id=console,path={},server=on,wait=off,{log}", path(&paths.console)));
     add("-device", "isa-serial,chardev=console,index=0".to_owned());
     add("-chardev", format!("socket,id=agent,path={},server=on,wait=off", path(&paths.agent)));
+    let kind = if spec.is_legacy() { "disable-modern=on" } else { "disable-modern=off" };
     match spec.agent {
         AgentPort::VirtioSerial => {
-            add("-device", "virtio-serial-pci,id=serial,addr=0x3,max_ports=4".to_owned());
+            add("-device", format!("virtio-serial-pci,id=serial,addr=0x3,max_ports=4,{kind}"));
             add("-device", "virtserialport,bus=serial.0,nr=1,chardev=agent,name=ramet.agent".to_owned());
             add("-device", "vmgenid,guid=auto".to_owned());
         }
@@ -232,12 +240,12 @@ pub(crate) fn arguments(spec: &MachineSpec, boot: &Boot, paths: &VmPaths, sandbo
         // A disk of nothing, until the real one is attached.
         add("-blockdev", format!("driver=null-co,node-name=nothing,size={},read-zeroes=on", size.bytes()));
         let errors = "rerror=stop,werror=stop";
-        add("-device", format!("virtio-blk-pci,id=disk0,drive=nothing,addr=0x4,iothread=io0,{errors}"));
+        add("-device", format!("virtio-blk-pci,id=disk0,drive=nothing,addr=0x4,iothread=io0,{kind},{errors}"));
     }
     for index in 0..spec.volumes {
         add("-blockdev", format!("driver=null-co,node-name=novolume{index},size=4096,read-zeroes=on,read-only=on"));
         let addr = VOLUMES + index;
-        let more = format!("addr={addr:#x},iothread=io0,rerror=stop");
+        let more = format!("addr={addr:#x},iothread=io0,{kind},rerror=stop");
         add("-device", format!("virtio-blk-pci,id=volume{index},drive=novolume{index},{more}"));
     }
     if spec.is_q35() {

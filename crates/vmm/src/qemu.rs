@@ -11,8 +11,8 @@
 //! is writing bytes and waiting for the word that they were understood.
 
 use crate::{
-    Base, Boot, DiskChain, ExitInfo, Flattening, MachineSpec, Nic, Resumed, SavedState, VmPaths, VmProcess, Vmm,
-    VmmError, devices,
+    Base, Boot, DiskChain, ExitInfo, Flattening, MachineSpec, NextOverlays, Nic, Resumed, SavedState, VmPaths,
+    VmProcess, Vmm, VmmError, devices,
     machine::arguments,
     process::{Process, start_time},
     qmp::{Event, Qmp},
@@ -391,12 +391,25 @@ impl QemuProcess {
         Ok(StateFile { file, set })
     }
 
-    /// Stops the CPUs, freezes the disk, writes the devices. `freeze`: the disk's node, and the overlay that takes its
-    /// place.
+    /// Puts an overlay on top of the disk, whose uppermost node is frozen thereby.
+    async fn put_on_top(&self, overlay: &Path, node: &str) -> Result<(), VmmError> {
+        self.add_node(devices::active(overlay, None)).await?;
+        let name = DiskChain::node(overlay);
+        let put = async {
+            devices::mark_untouched(overlay).map_err(file_error("mark", overlay))?;
+            self.execute("blockdev-snapshot", json!({ "node": node, "overlay": name })).await
+        };
+        let Err(err) = put.await else { return Ok(()) };
+        // Refused when it is in use all the same.
+        let _ = self.execute("blockdev-del", json!({ "node-name": name })).await;
+        Err(err)
+    }
+
+    /// Stops the CPUs, freezes the disk, writes the devices.
     async fn save_into(
         &self,
         state: &StateFile,
-        freeze: Option<(&str, &str)>,
+        next: Option<NextOverlays<'_>>,
         requested: SystemTime,
     ) -> Result<SavedState, VmmError> {
         let mut events = self.qmp.events();
@@ -410,9 +423,13 @@ impl QemuProcess {
         }
         // One that stood still already has no such event.
         let stopped_at = stopped.unwrap_or_else(SystemTime::now);
-        // The CPUs stand still, and no request is under way.
-        if let Some((node, overlay)) = freeze {
-            self.execute("blockdev-snapshot", json!({ "node": node, "overlay": overlay })).await?;
+        // The CPUs stand still, no request is under way, and all that was written is in the file.
+        let mut second_overlay = false;
+        if let Some(NextOverlays { first, second }) = next
+            && !devices::is_untouched(first).map_err(file_error("ask for", first))?
+        {
+            self.put_on_top(second, &DiskChain::node(first)).await?;
+            second_overlay = true;
         }
         // Not `live`: with that QEMU would give its disks up, for another that takes the VM over.
         let arguments = json!({ "filename": format!("/dev/fdset/{}", state.set), "live": false });
@@ -425,8 +442,8 @@ impl QemuProcess {
             words: self.stderr_tail(),
         })?;
         let between = |a: SystemTime, b: SystemTime| b.duration_since(a).unwrap_or_default();
-        let saving = between(stopped_at, completed);
-        Ok(SavedState { bytes, stopped_at, before_stop: between(requested, stopped_at), saving })
+        let (before_stop, saving) = (between(requested, stopped_at), between(stopped_at, completed));
+        Ok(SavedState { bytes, stopped_at, before_stop, saving, second_overlay })
     }
 
     /// Waits for the end of an incoming migration.
@@ -575,7 +592,7 @@ impl VmProcess for QemuProcess {
         let (bus, addr) = self.spec.nic_slot(index);
         let card = json!({
             "driver": "virtio-net-pci", "id": format!("nic{index}"), "netdev": net, "mac": mac, "romfile": "",
-            "bus": bus, "addr": addr,
+            "bus": bus, "addr": addr, "disable-modern": self.spec.is_legacy(),
         });
         self.execute("device_add", card).await.map(drop)
     }
@@ -656,26 +673,18 @@ impl VmProcess for QemuProcess {
         }
     }
 
-    async fn save_state(&self, next: Option<&Path>) -> Result<SavedState, VmmError> {
+    async fn save_state(&self, next: Option<NextOverlays<'_>>) -> Result<SavedState, VmmError> {
         let requested = SystemTime::now();
-        let overlay = next.map(DiskChain::node);
-        let mut node = None;
         if let Some(next) = next {
-            node = Some(self.disk_node().await?);
-            self.add_node(devices::active(next, None)).await?;
+            self.put_on_top(next.first, &self.disk_node().await?).await?;
         }
-        let freeze = node.as_deref().zip(overlay.as_deref());
         let saved = match self.state_file().await {
-            Ok(file) => self.save_into(&file, freeze, requested).await,
+            Ok(file) => self.save_into(&file, next, requested).await,
             Err(err) => Err(err),
         };
         if saved.is_err() {
             // The guest runs on, whatever happened.
             let _ = self.cont().await;
-            if let Some(overlay) = &overlay {
-                // Refused when the guest writes to it.
-                let _ = self.execute("blockdev-del", json!({ "node-name": overlay })).await;
-            }
         }
         saved
     }

@@ -3,7 +3,7 @@
 
 use ramet_kernel::shim::{Segment, ShimClient};
 use ramet_memory::ByteSize;
-use ramet_vmm::{Accel, Base, Boot, DiskChain, MachineSpec, Qemu, VmProcess, Vmm, VmmConfig};
+use ramet_vmm::{Accel, Base, Boot, DiskChain, MachineSpec, NextOverlays, Qemu, VmProcess, Vmm, VmmConfig};
 use std::{
     os::{fd::AsFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
@@ -73,7 +73,9 @@ async fn a_disk_is_frozen_with_the_devices_and_opened_by_a_clone() {
     let mut layers = vec![first];
     for round in 0..3 {
         let next = overlay(dir.path(), &format!("next{round}"));
-        let saved = parent.save_state(Some(&next)).await.unwrap();
+        let second = overlay(dir.path(), &format!("second{round}"));
+        let saved = parent.save_state(Some(NextOverlays { first: &next, second: &second })).await.unwrap();
+        assert!(!saved.second_overlay, "its firmware writes nothing");
         assert_eq!(parent.disk_node().await.unwrap(), DiskChain::node(&next), "it writes to the new one");
         let clone = vmm.launch(&spec(), Boot::Incoming, &dir.path().join(format!("clone{round}"))).await.unwrap();
         copy_memory(&*parent, &*clone, &dir.path().join("memory"));
@@ -91,7 +93,8 @@ async fn a_disk_is_frozen_with_the_devices_and_opened_by_a_clone() {
     }
     // An overlay that can't be opened: no checkpoint, and the VM goes on with what it has.
     let before = parent.disk_node().await.unwrap();
-    parent.save_state(Some(&dir.path().join("missing.qcow2"))).await.unwrap_err();
+    let (missing, second) = (dir.path().join("missing.qcow2"), overlay(dir.path(), "unused"));
+    parent.save_state(Some(NextOverlays { first: &missing, second: &second })).await.unwrap_err();
     assert_eq!(parent.disk_node().await.unwrap(), before);
     assert_eq!(parent.query_status().await.unwrap(), "running");
 
@@ -99,7 +102,7 @@ async fn a_disk_is_frozen_with_the_devices_and_opened_by_a_clone() {
     parent.flatten_disk().await.unwrap().await.unwrap();
     assert_eq!(parent.disk_node().await.unwrap(), before, "the active overlay stays");
     let next = overlay(dir.path(), "last");
-    parent.save_state(Some(&next)).await.unwrap();
+    parent.save_state(Some(NextOverlays { first: &next, second: &second })).await.unwrap();
     parent.cont().await.unwrap();
     parent.kill().await.unwrap();
 }
