@@ -4,12 +4,15 @@
 use crate::freezer::Freezer;
 use crate::hooks::{self, Run};
 use crate::names;
+use crate::netlink::NewLinks;
+use crate::network::{self, Card};
 use crate::paths::Paths;
+use crate::serve::helper;
 use crate::subscribers::Subscribers;
 use ramet_guest::protocol::{
     Freeze, FreezeAck, GuestId, HookResult, Identity, MAX_PAYLOAD, Release, ReleaseAck, ThawAck,
 };
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,6 +32,10 @@ pub(crate) struct Control {
     who: Mutex<Option<GuestId>>,
     /// Whose names are still to be written to files.
     unwritten: Mutex<Option<Identity>>,
+    /// Its interfaces.
+    cards: Mutex<Vec<Card>>,
+    /// A thread waits for interfaces.
+    watches: AtomicBool,
     /// Held by the request that works.
     working: Mutex<()>,
     /// Number of requests that end a freeze.
@@ -50,8 +57,17 @@ impl Control {
     pub(crate) fn new(paths: Paths, freezer: Freezer, subscribers: Arc<Subscribers>) -> Self {
         // An agent that was started again knows who it is from the file.
         let known = std::fs::read(paths.id()).ok().and_then(|json| serde_json::from_slice(&json).ok());
-        let (who, working) = (Mutex::new(known), Mutex::default());
-        Self { paths, freezer, subscribers, who, unwritten: Mutex::default(), working, thaws: AtomicU64::new(0) }
+        Self {
+            paths,
+            freezer,
+            subscribers,
+            who: Mutex::new(known),
+            unwritten: Mutex::default(),
+            cards: Mutex::default(),
+            watches: AtomicBool::new(false),
+            working: Mutex::default(),
+            thaws: AtomicU64::new(0),
+        }
     }
 
     /// The machine that this one was told to be.
@@ -62,6 +78,36 @@ impl Control {
     /// The machine is this one now.
     pub(crate) fn become_machine(&self, id: GuestId) {
         *lock(&self.who) = Some(id);
+    }
+
+    /// The interfaces that have the addresses of this machine, held.
+    pub(crate) fn cards(&self) -> MutexGuard<'_, Vec<Card>> {
+        lock(&self.cards)
+    }
+
+    /// From now on an interface of this machine that goes away and comes again gets its addresses back.
+    pub(crate) fn watch_cards(self: &Arc<Self>) {
+        if lock(&self.cards).is_empty() || self.watches.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let control = Arc::clone(self);
+        let watch = move || -> std::io::Result<()> {
+            let links = NewLinks::open()?;
+            loop {
+                links.wait()?;
+                if let Err(error) = network::restore(&control.paths, &mut control.cards()) {
+                    eprintln!("ramet-agent: an interface that came again has no addresses: {error}");
+                }
+            }
+        };
+        let started = helper(move || {
+            if let Err(error) = watch() {
+                eprintln!("ramet-agent: interfaces are not watched: {error}");
+            }
+        });
+        if let Err(error) = started {
+            eprintln!("ramet-agent: interfaces are not watched: {error}");
+        }
     }
 
     /// The names of this identity are written to files when the machine is released.

@@ -3,6 +3,7 @@
 //! over.
 
 use crate::control::{Control, clip};
+use crate::network::Card;
 use crate::paths::{Paths, replace};
 use crate::{names, network};
 use ramet_guest::protocol::{
@@ -12,6 +13,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use std::fs::File;
 use std::io;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// The answer to what is no identity.
@@ -52,7 +54,7 @@ impl Steps {
 }
 
 /// Takes on an identity.
-pub(crate) fn take(control: &Control, identity: &Identity) -> IdentityAck {
+pub(crate) fn take(control: &Arc<Control>, identity: &Identity) -> IdentityAck {
     let paths = &control.paths;
     let mut steps = Steps(Vec::new(), Instant::now());
     let reseeded = steps.note("reseed", reseed(&identity.entropy).map(|()| None));
@@ -60,7 +62,11 @@ pub(crate) fn take(control: &Control, identity: &Identity) -> IdentityAck {
         steps.note("clock", set_clock(identity.realtime_ns).map(|()| None));
     }
     let before = control.who();
-    let nics = take_nics(paths, identity, before.as_ref(), &mut steps);
+    // Held until it is done, so that nobody gives an interface addresses of before.
+    let mut cards = control.cards();
+    let nics = take_nics(paths, identity, before.as_ref(), &mut cards, &mut steps);
+    drop(cards);
+    control.watch_cards();
     names::take(paths, identity, &mut |name, result| {
         steps.note(name, result);
     });
@@ -80,8 +86,16 @@ pub(crate) fn take(control: &Control, identity: &Identity) -> IdentityAck {
 }
 
 /// The network. Gives the interfaces as they are now.
-fn take_nics(paths: &Paths, identity: &Identity, before: Option<&GuestId>, steps: &mut Steps) -> Vec<GuestNic> {
-    let boots = identity.clone_number == 0;
+fn take_nics(
+    paths: &Paths,
+    identity: &Identity,
+    before: Option<&GuestId>,
+    cards: &mut Vec<Card>,
+    steps: &mut Steps,
+) -> Vec<GuestNic> {
+    cards.clear();
+    // A clone that boots anew has forgotten that it is one.
+    let boots = identity.clone_number == 0 || before.is_none();
     // All are found before one is changed.
     let before = before.map(|id| &id.nics[..]).filter(|_| !boots).unwrap_or_default();
     let name = |nic: &NicIdentity| Some(before.iter().find(|b| b.index == nic.index)?.name.as_str());
@@ -97,9 +111,13 @@ fn take_nics(paths: &Paths, identity: &Identity, before: Option<&GuestId>, steps
                 continue;
             }
         };
-        lost.extend(network::take(&name, nic, &mut |part, result| {
+        let (left, card) = network::take(&name, nic, &mut |part, result| {
             steps.note(format!("{name}: {part}"), result);
-        }));
+        });
+        lost.extend(left);
+        if let Some(index) = card {
+            cards.push(Card { nic: nic.clone(), name: name.clone(), index });
+        }
         let (mac, ip, prefix, gateway) = (nic.mac.clone(), nic.ip.clone(), nic.prefix, nic.gateway.clone());
         nics.push(GuestNic { index: nic.index, name, mac, ip, prefix, gateway });
     }

@@ -1,10 +1,10 @@
 //! The few messages of netlink that the agent needs, in a form that is small: a whole library for it would be many
 //! pages for every clone to fetch.
 
-use rustix::net::netlink::SOCK_DIAG;
-use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, socket_with};
+use rustix::net::netlink::{SOCK_DIAG, SocketAddrNetlink};
+use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, bind, socket_with};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
@@ -131,6 +131,71 @@ impl Netlink {
             }
         }
     }
+}
+
+/// Hears of each new interface, and of nothing else: whoever waits here sleeps while interfaces only change.
+#[derive(Debug)]
+pub(crate) struct NewLinks(OwnedFd);
+
+impl NewLinks {
+    pub(crate) fn open() -> io::Result<Self> {
+        const LINKS: u32 = 1;
+        let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+        // First, so that nothing else is in the queue.
+        only_new_links(&socket)?;
+        bind(&socket, &SocketAddrNetlink::new(0, LINKS))?;
+        Ok(Self(socket))
+    }
+
+    /// Waits for the next one, or for several.
+    pub(crate) fn wait(&self) -> io::Result<()> {
+        loop {
+            match rustix::io::read(&self.0, &mut [0; 64]) {
+                Err(rustix::io::Errno::INTR) => {}
+                // Too many to be kept: then there were some.
+                Ok(_) | Err(rustix::io::Errno::NOBUFS) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Has the kernel drop all but messages of kind `RTM_NEWLINK` in which everything has changed: so it tells of an interface
+/// that was not there.
+#[allow(unsafe_code, reason = "no safe library attaches a socket filter")]
+fn only_new_links(socket: &OwnedFd) -> io::Result<()> {
+    const LOAD_HALF: u16 = 0x28;
+    const LOAD_WORD: u16 = 0x20;
+    const IF_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    // A filter reads numbers as if they came over a network.
+    let newlink = u32::from(16_u16.swap_bytes());
+    let newlink = if cfg!(target_endian = "little") { newlink } else { 16 };
+    let step = |code, k, jt, jf| libc::sock_filter { code, jt, jf, k };
+    let mut program = [
+        // The kind, in the header.
+        step(LOAD_HALF, 4, 0, 0),
+        step(IF_EQUAL, newlink, 0, 3),
+        // `ifi_change`.
+        step(LOAD_WORD, 28, 0, 0),
+        step(IF_EQUAL, u32::MAX, 0, 1),
+        step(RETURN, u32::MAX, 0, 0),
+        step(RETURN, 0, 0, 0),
+    ];
+    let filter = libc::sock_fprog { len: 6, filter: program.as_mut_ptr() };
+    let size = u32::try_from(size_of_val(&filter)).unwrap_or(0);
+    // SAFETY: SO_ATTACH_FILTER reads one `sock_fprog` of `size` bytes and the `len` instructions that it points to, all of
+    // which live until the call returns; the kernel keeps a copy and writes nothing to our memory.
+    let code = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            std::ptr::from_ref(&filter).cast(),
+            size,
+        )
+    };
+    if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Calls `each` with kind, sequence and contents of the messages in a datagram.

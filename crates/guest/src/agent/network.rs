@@ -97,10 +97,14 @@ struct Link {
 
 impl Link {
     fn find(netlink: &mut Netlink, wanted: &str) -> io::Result<Option<Self>> {
+        Ok(Self::all(netlink)?.into_iter().find(|link| link.name == wanted))
+    }
+
+    fn all(netlink: &mut Netlink) -> io::Result<Vec<Self>> {
         const ADDRESS: u16 = 1;
         const NAME: u16 = 3;
         const MTU: u16 = 4;
-        let mut found = None;
+        let mut found = Vec::new();
         netlink.dump(Message::new(RTM_GETLINK, 0, &[0; 16]), |kind, content| {
             let (Some(index), Some(flags), Some(rest)) = (u32_at(content, 4), u32_at(content, 8), content.get(16..))
             else {
@@ -115,8 +119,8 @@ impl Link {
                     _ => {}
                 }
             }
-            if kind == RTM_NEWLINK && link.name == wanted {
-                found = Some(link);
+            if kind == RTM_NEWLINK {
+                found.push(link);
             }
         })?;
         Ok(found)
@@ -231,15 +235,17 @@ impl Wanted {
     }
 }
 
-/// Gives one interface its address. Each part is told to `step`. Gives the addresses that it has lost.
-pub(crate) fn take(name: &str, nic: &NicIdentity, step: &mut dyn FnMut(&str, io::Result<Remark>)) -> Vec<IpAddr> {
+/// Gives one interface its address. Each part is told to `step`. Gives the addresses that it has lost, and the interface's
+/// index.
+pub(crate) fn take(
+    name: &str,
+    nic: &NicIdentity,
+    step: &mut dyn FnMut(&str, io::Result<Remark>),
+) -> (Vec<IpAddr>, Option<u32>) {
     let mut lost = Vec::new();
-    let result = try_take(name, nic, &mut lost, step);
-    if let Err(error) = result {
-        step("interface", Err(error));
-    }
+    let index = try_take(name, nic, &mut lost, step).map_err(|error| step("interface", Err(error))).ok();
     lost.retain(|address| !address.is_loopback());
-    lost
+    (lost, index)
 }
 
 fn try_take(
@@ -247,7 +253,7 @@ fn try_take(
     nic: &NicIdentity,
     lost: &mut Vec<IpAddr>,
     step: &mut dyn FnMut(&str, io::Result<Remark>),
-) -> io::Result<()> {
+) -> io::Result<u32> {
     let wanted = Wanted::parse(nic)?;
     let old: Option<IpAddr> =
         nic.old_ip.as_ref().map(|ip| ip.parse().map_err(|_| invalid(format!("{ip:?} is no address")))).transpose()?;
@@ -287,7 +293,7 @@ fn try_take(
         step("up", link.set_up(netlink, true).map(|()| None));
     }
     if !is_clear {
-        return Ok(());
+        return Ok(link.index);
     }
     if !kept {
         let mut message = link.address(RTM_NEWADDR, PUT, wanted.ip.into(), wanted.prefix);
@@ -319,7 +325,56 @@ fn try_take(
             step("neighbour", netlink.request(neighbour).map(|()| None));
         }
     }
+    Ok(link.index)
+}
+
+/// An interface that has the addresses of an identity.
+#[derive(Debug, Clone)]
+pub(crate) struct Card {
+    pub(crate) nic: NicIdentity,
+    pub(crate) name: String,
+    /// The number that the kernel gave it: another one when it comes again.
+    pub(crate) index: u32,
+}
+
+/// Gives interfaces of an identity that went away and have come again, as when their driver was bound anew, their addresses
+/// back. Whatever else was done to an interface is its owner's business.
+pub(crate) fn restore(paths: &Paths, cards: &mut [Card]) -> io::Result<()> {
+    let class = paths.at("sys/class/net");
+    for at in 0..cards.len() {
+        let mut links = Link::all(&mut Netlink::route()?)?;
+        let card = &cards[at];
+        if links.iter().any(|link| link.index == card.index) {
+            continue;
+        }
+        let ours = virtio_nics(&class)?;
+        links.retain(|link| ours.contains(&link.name) && cards.iter().all(|card| card.index != link.index));
+        let mac = parse_mac(&card.nic.mac);
+        let is_it = |link: &&Link| link.name == card.name || mac.is_some_and(|mac| link.mac == mac);
+        let Some(link) = links.iter().find(is_it) else { continue };
+        let (index, name) = (link.index, settled_name(link.index, &link.name, &card.name)?);
+        let nic = card.nic.clone();
+        take(&name, &nic, &mut |part, result| {
+            if let Err(error) = result {
+                eprintln!("ramet-agent: {name} came again: {part}: {error}");
+            }
+        });
+        eprintln!("ramet-agent: {name} came again and has {} back", nic.ip);
+        cards[at] = Card { nic, name, index };
+    }
     Ok(())
+}
+
+/// The name of an interface that is new: whoever gives names may still be about to, and can't once it is up.
+fn settled_name(index: u32, now: &str, before: &str) -> io::Result<String> {
+    let begun = Instant::now();
+    let mut name = now.to_owned();
+    while name != before && begun.elapsed() < BOOT {
+        std::thread::sleep(Duration::from_millis(50));
+        let link = Link::all(&mut Netlink::route()?)?.into_iter().find(|link| link.index == index);
+        name = link.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?.name;
+    }
+    Ok(name)
 }
 
 /// The link-local address is made of the parent's MAC, and families have no IPv6.

@@ -190,7 +190,7 @@ impl Agent {
         frame: Frame<'_>,
         answer_kind: u8,
         limit_ms: u64,
-        work: impl FnOnce(&Control, Ticket) -> A + Send + 'static,
+        work: impl FnOnce(&Arc<Control>, Ticket) -> A + Send + 'static,
     ) -> io::Result<()> {
         // What lets a machine run again finds its place also when all others are taken.
         let most = if matches!(frame.kind, kind::THAW | kind::RELEASE) { 2 * MOST_WORK } else { MOST_WORK };
