@@ -3,6 +3,7 @@
 
 use crate::freezer::Freezer;
 use crate::hooks::{self, Run};
+use crate::identity;
 use crate::names;
 use crate::netlink::NewLinks;
 use crate::network::{self, Card};
@@ -12,6 +13,7 @@ use crate::subscribers::Subscribers;
 use ramet_guest::protocol::{
     Freeze, FreezeAck, GuestId, HookResult, Identity, MAX_PAYLOAD, Release, ReleaseAck, ThawAck,
 };
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -192,10 +194,15 @@ impl Control {
         let _working = lock(&self.working);
         let mut errors = Vec::new();
         let mut ack = ReleaseAck::default();
-        if let Some(identity) = lock(&self.unwritten).take() {
-            names::write(&self.paths, &identity, &mut |what, result| {
+        let unwritten = lock(&self.unwritten).take();
+        if let Some(identity) = unwritten {
+            let mut step = |what: &str, result: io::Result<network::Remark>| {
                 errors.extend(result.err().map(|error| format!("{what}: {error}")));
-            });
+            };
+            if let Some(id) = self.who() {
+                identity::write_id(&self.paths, &id, &mut step);
+            }
+            names::write(&self.paths, &identity, &mut step);
         }
         if request.hooks {
             let run = Run { deadline: ticket.deadline, is_cancelled: &|| false, stop_at_failure: false };

@@ -9,6 +9,7 @@ use crate::{names, network};
 use ramet_guest::protocol::{
     GuestId, GuestNic, Identity, IdentityAck, IdentityStep, MAX_PAYLOAD, MIN_ENTROPY, NicIdentity, from_hex,
 };
+use rustix::process::{getpriority_process, setpriority_process};
 use rustix::time::{ClockId, Timespec, clock_settime};
 use std::fs::File;
 use std::io;
@@ -55,34 +56,67 @@ impl Steps {
 
 /// Takes on an identity.
 pub(crate) fn take(control: &Arc<Control>, identity: &Identity) -> IdentityAck {
+    let begun = Instant::now();
+    let _urgent = (identity.clone_number > 0).then(Urgent::begin);
     let paths = &control.paths;
-    let mut steps = Steps(Vec::new(), Instant::now());
+    let mut steps = Steps(Vec::new(), begun);
     let reseeded = steps.note("reseed", reseed(&identity.entropy).map(|()| None));
-    if identity.realtime_ns > 0 {
-        steps.note("clock", set_clock(identity.realtime_ns).map(|()| None));
-    }
     let before = control.who();
     // Held until it is done, so that nobody gives an interface addresses of before.
     let mut cards = control.cards();
     let nics = take_nics(paths, identity, before.as_ref(), &mut cards, &mut steps);
     drop(cards);
-    control.watch_cards();
     names::take(paths, identity, &mut |name, result| {
         steps.note(name, result);
     });
-    // What is on disk can wait until the clone is released, and a slow disk must not keep it from its network.
+    control.watch_cards();
+    let id = guest_id(identity, reseeded, nics);
+    // Files can wait until the clone is released, and must not keep it from its network.
     if identity.clone_number == 0 {
         names::write(paths, identity, &mut |name, result| {
+            steps.note(name, result);
+        });
+        write_id(paths, &id, &mut |name, result| {
             steps.note(name, result);
         });
     } else {
         control.write_later(identity);
     }
-    let id = guest_id(identity, reseeded, nics);
-    steps.note("id", write(paths, &id).map(|()| None));
-    steps.note("generation", replace(&paths.generation(), format!("{}\n", id.generation).as_bytes()).map(|()| None));
     control.become_machine(id);
+    // Last: whoever waits for the clock to be changed, such as systemd, wants the CPU then.
+    if identity.realtime_ns > 0 {
+        let since = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        steps.note("clock", set_clock(identity.realtime_ns.saturating_add(since)).map(|()| None));
+    }
     steps.into_ack(reseeded)
+}
+
+/// Writes the files by which programs find out who they are. Each part is told to `step`.
+pub(crate) fn write_id(paths: &Paths, id: &GuestId, step: &mut dyn FnMut(&str, io::Result<network::Remark>)) {
+    step("id", write(paths, id).map(|()| None));
+    step("generation", replace(&paths.generation(), format!("{}\n", id.generation).as_bytes()).map(|()| None));
+}
+
+/// While it lives, this thread comes before all others of the guest's that are not in real time: until a machine is
+/// itself, nothing that they do is of use.
+#[derive(Debug)]
+struct Urgent(Option<i32>);
+
+impl Urgent {
+    const NICE: i32 = -20;
+
+    fn begin() -> Self {
+        let before = getpriority_process(None).ok();
+        Self(before.filter(|_| setpriority_process(None, Self::NICE).is_ok()))
+    }
+}
+
+impl Drop for Urgent {
+    fn drop(&mut self) {
+        if let Some(before) = self.0 {
+            let _ = setpriority_process(None, before);
+        }
+    }
 }
 
 /// The network. Gives the interfaces as they are now.
@@ -93,14 +127,18 @@ fn take_nics(
     cards: &mut Vec<Card>,
     steps: &mut Steps,
 ) -> Vec<GuestNic> {
-    cards.clear();
+    let known = std::mem::take(cards);
     // A clone that boots anew has forgotten that it is one.
     let boots = identity.clone_number == 0 || before.is_none();
     // All are found before one is changed.
     let before = before.map(|id| &id.nics[..]).filter(|_| !boots).unwrap_or_default();
     let name = |nic: &NicIdentity| Some(before.iter().find(|b| b.index == nic.index)?.name.as_str());
-    let found: Vec<(&NicIdentity, io::Result<String>)> =
-        identity.nics.iter().map(|nic| (nic, network::find(paths, nic, boots, name(nic)))).collect();
+    let known_of = |nic: &NicIdentity| known.iter().find(|k| k.nic.index == nic.index && nic.name.is_none());
+    let find = |nic: &NicIdentity| match known_of(nic) {
+        Some(card) => Ok(card.name.clone()),
+        None => network::find(paths, nic, boots, name(nic)),
+    };
+    let found: Vec<(&NicIdentity, io::Result<String>)> = identity.nics.iter().map(|nic| (nic, find(nic))).collect();
     let mut lost = Vec::new();
     let mut nics = Vec::new();
     for (nic, name) in found {
@@ -111,7 +149,7 @@ fn take_nics(
                 continue;
             }
         };
-        let (left, card) = network::take(&name, nic, &mut |part, result| {
+        let (left, card) = network::take(&name, nic, known_of(nic), &mut |part, result| {
             steps.note(format!("{name}: {part}"), result);
         });
         lost.extend(left);
@@ -121,13 +159,9 @@ fn take_nics(
         let (mac, ip, prefix, gateway) = (nic.mac.clone(), nic.ip.clone(), nic.prefix, nic.gateway.clone());
         nics.push(GuestNic { index: nic.index, name, mac, ip, prefix, gateway });
     }
-    let mut servers: Vec<&String> = Vec::new();
-    for server in identity.nics.iter().flat_map(|nic| &nic.dns) {
-        if !servers.contains(&server) {
-            servers.push(server);
-        }
-    }
-    if !servers.is_empty() {
+    let servers = name_servers(identity.nics.iter());
+    // Those of its parent, mostly. To look at the file takes longer than all addresses.
+    if !servers.is_empty() && servers != name_servers(known.iter().map(|card| &card.nic)) {
         steps.note("dns", network::set_dns(paths, &servers));
     }
     if identity.kill_sockets {
@@ -136,6 +170,16 @@ fn take_nics(
         steps.note("sockets", network::kill_sockets(&lost));
     }
     nics
+}
+
+fn name_servers<'a>(nics: impl Iterator<Item = &'a NicIdentity>) -> Vec<&'a String> {
+    let mut servers: Vec<&String> = Vec::new();
+    for server in nics.flat_map(|nic| &nic.dns) {
+        if !servers.contains(&server) {
+            servers.push(server);
+        }
+    }
+    servers
 }
 
 fn guest_id(identity: &Identity, reseeded: bool, nics: Vec<GuestNic>) -> GuestId {

@@ -101,29 +101,41 @@ impl Link {
     }
 
     fn all(netlink: &mut Netlink) -> io::Result<Vec<Self>> {
+        let mut found = Vec::new();
+        netlink
+            .dump(Message::new(RTM_GETLINK, 0, &[0; 16]), |kind, content| found.extend(Self::parse(kind, content)))?;
+        Ok(found)
+    }
+
+    /// An interface that was given an address before; what may have been changed since is as if it were not there.
+    fn of(card: &Card) -> Self {
+        let mtu = card.nic.mtu.unwrap_or(0);
+        Self { index: card.index, name: card.name.clone(), mac: Vec::new(), mtu, is_up: false }
+    }
+
+    /// Whether the interface of this number still has this name. One that comes anew has another number.
+    fn is_there(&self, netlink: &Netlink) -> bool {
+        rustix::net::netdevice::name_to_index(netlink, &self.name).is_ok_and(|index| index == self.index)
+    }
+
+    fn parse(kind: u16, content: &[u8]) -> Option<Self> {
         const ADDRESS: u16 = 1;
         const NAME: u16 = 3;
         const MTU: u16 = 4;
-        let mut found = Vec::new();
-        netlink.dump(Message::new(RTM_GETLINK, 0, &[0; 16]), |kind, content| {
-            let (Some(index), Some(flags), Some(rest)) = (u32_at(content, 4), u32_at(content, 8), content.get(16..))
-            else {
-                return;
-            };
-            let mut link = Self { index, name: String::new(), mac: Vec::new(), mtu: 0, is_up: flags & IFF_UP != 0 };
-            for (kind, value) in attributes(rest) {
-                match kind {
-                    ADDRESS => link.mac = value.to_vec(),
-                    NAME => link.name = String::from_utf8_lossy(value).trim_end_matches('\0').to_owned(),
-                    MTU => link.mtu = u32_at(value, 0).unwrap_or(0),
-                    _ => {}
-                }
+        if kind != RTM_NEWLINK {
+            return None;
+        }
+        let (index, flags, rest) = (u32_at(content, 4)?, u32_at(content, 8)?, content.get(16..)?);
+        let mut link = Self { index, name: String::new(), mac: Vec::new(), mtu: 0, is_up: flags & IFF_UP != 0 };
+        for (kind, value) in attributes(rest) {
+            match kind {
+                ADDRESS => link.mac = value.to_vec(),
+                NAME => link.name = String::from_utf8_lossy(value).trim_end_matches('\0').to_owned(),
+                MTU => link.mtu = u32_at(value, 0).unwrap_or(0),
+                _ => {}
             }
-            if kind == RTM_NEWLINK {
-                found.push(link);
-            }
-        })?;
-        Ok(found)
+        }
+        Some(link)
     }
 
     fn message(&self, flags: u32, change: u32) -> Message {
@@ -147,7 +159,7 @@ impl Link {
         let change = |link: &Self| link.message(0, 0).attribute(1, &mac);
         match netlink.request(change(self)) {
             // A driver that cannot do it while the interface is up.
-            Err(error) if self.is_up && error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+            Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
                 self.set_up(netlink, false)?;
                 netlink.request(change(self))
             }
@@ -172,10 +184,10 @@ impl Link {
         Message::new(kind, flags, &fixed).attribute(2, &bytes).attribute(1, &bytes)
     }
 
-    /// All addresses, with their prefixes.
-    fn addresses(&self, netlink: &mut Netlink) -> io::Result<Vec<(IpAddr, u8)>> {
+    /// All addresses, with their prefixes. `family`: 0 is all families.
+    fn addresses(&self, netlink: &mut Netlink, family: u8) -> io::Result<Vec<(IpAddr, u8)>> {
         let mut found = Vec::new();
-        netlink.dump(Message::new(RTM_GETADDR, 0, &[0; 8]), |kind, content| {
+        netlink.dump(Message::new(RTM_GETADDR, 0, &[family, 0, 0, 0, 0, 0, 0, 0]), |kind, content| {
             let (&[_, prefix, ..], Some(rest)) = (content, content.get(8..)) else { return };
             if kind != RTM_NEWADDR || u32_at(content, 4) != Some(self.index) {
                 return;
@@ -235,15 +247,16 @@ impl Wanted {
     }
 }
 
-/// Gives one interface its address. Each part is told to `step`. Gives the addresses that it has lost, and the interface's
-/// index.
+/// Gives one interface its address. `known`: what is known of it, by an agent that has given it an address before. Each part
+/// is told to `step`. Gives the addresses that it has lost, and the interface's index.
 pub(crate) fn take(
     name: &str,
     nic: &NicIdentity,
+    known: Option<&Card>,
     step: &mut dyn FnMut(&str, io::Result<Remark>),
 ) -> (Vec<IpAddr>, Option<u32>) {
     let mut lost = Vec::new();
-    let index = try_take(name, nic, &mut lost, step).map_err(|error| step("interface", Err(error))).ok();
+    let index = try_take(name, nic, known, &mut lost, step).map_err(|error| step("interface", Err(error))).ok();
     lost.retain(|address| !address.is_loopback());
     (lost, index)
 }
@@ -251,6 +264,7 @@ pub(crate) fn take(
 fn try_take(
     name: &str,
     nic: &NicIdentity,
+    known: Option<&Card>,
     lost: &mut Vec<IpAddr>,
     step: &mut dyn FnMut(&str, io::Result<Remark>),
 ) -> io::Result<u32> {
@@ -261,9 +275,15 @@ fn try_take(
     let mut netlink = Netlink::route()?;
     let netlink = &mut netlink;
     let missing = || io::Error::new(io::ErrorKind::NotFound, "there is no such interface");
-    let mut link = Link::find(netlink, name)?.ok_or_else(missing)?;
+    // One that had an address has no IPv6 any more, and all that the kernel would tell of it at length is known: a clone
+    // waits for that longer than for anything else here.
+    let known = known.map(Link::of).filter(|link| link.is_there(netlink));
+    let family = if known.is_some() { AF_INET } else { 0 };
+    let link = known.map_or_else(|| Link::find(netlink, name), |link| Ok(Some(link)))?;
+    let mut link = link.ok_or_else(missing)?;
 
-    let before = link.addresses(netlink)?;
+    let before = link.addresses(netlink, family)?;
+    step("before", Ok(None));
     let is_kept = |(ip, prefix): &(IpAddr, u8)| *ip == IpAddr::V4(wanted.ip) && *prefix == wanted.prefix;
     let kept = before.iter().any(is_kept);
     lost.extend(
@@ -274,7 +294,9 @@ fn try_take(
             .collect::<Vec<_>>(),
     );
 
-    step("ipv6", disable_ipv6(name));
+    if family != AF_INET {
+        step("ipv6", disable_ipv6(name));
+    }
     // The old addresses go first: there must be no frame with a new MAC and an old address.
     let removed = before.iter().filter(|a| a.0.is_ipv4() && !is_kept(a)).try_for_each(|(ip, prefix)| {
         match netlink.request(link.address(RTM_DELADDR, 0, *ip, *prefix)) {
@@ -354,7 +376,7 @@ pub(crate) fn restore(paths: &Paths, cards: &mut [Card]) -> io::Result<()> {
         let Some(link) = links.iter().find(is_it) else { continue };
         let (index, name) = (link.index, settled_name(link.index, &link.name, &card.name)?);
         let nic = card.nic.clone();
-        take(&name, &nic, &mut |part, result| {
+        take(&name, &nic, None, &mut |part, result| {
             if let Err(error) = result {
                 eprintln!("ramet-agent: {name} came again: {part}: {error}");
             }
