@@ -29,7 +29,7 @@ pub enum ChainError {
     #[error("The chain has two bases: name either a golden image or an origin")]
     TwoBases,
     /// Too many overlays.
-    #[error("The chain has {layers} overlays, the limit is {MAX_LAYERS}: flatten it (`block-stream`)")]
+    #[error("The chain has {layers} overlays, the limit is {MAX_LAYERS}: have them merged (`rametd --merge-layers`)")]
     TooDeep {
         /// How many it has.
         layers: usize,

@@ -16,6 +16,7 @@
 //! * [`overlay`]: empty overlays, made quickly.
 //! * [`chain`]: the files of a frozen disk, and which of its pages they hold.
 //! * [`extents`]: the map of what is golden, zero, or data.
+//! * [`merge`]: one layer in the place of several.
 //! * [`nbd`]: the NBD server, and a client.
 //! * [`cache`]: pages that were fetched.
 //! * [`source`]: fetching them.
@@ -32,6 +33,7 @@ pub mod extents;
 pub mod host;
 mod ids;
 pub mod listener;
+pub mod merge;
 pub mod nbd;
 pub mod overlay;
 pub mod serve;

@@ -131,7 +131,7 @@ impl Daemon {
             let _ = pager.control.checkpoint_abort(id).await;
             return Err(err);
         }
-        let next = self.next_overlay(&running, &vm).await;
+        let next = self.next_overlay(&vm).await;
         let next = match next {
             Ok(next) => next,
             Err(err) => {
@@ -206,7 +206,7 @@ impl Daemon {
         };
         self.stats.count("checkpoints");
         self.color_behind(image);
-        self.flatten_behind(&running);
+        self.merge_behind(&running);
         let timeline = self.keep_timeline(&running, "parent", clock);
         Ok(Taken { record, state: Arc::new(state), pause_us, timeline })
     }

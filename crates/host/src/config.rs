@@ -3,7 +3,6 @@
 use std::{
     io,
     net::SocketAddr,
-    num::NonZero,
     path::{Path, PathBuf},
 };
 
@@ -14,6 +13,11 @@ use ramet_memory::ByteSize;
 /// Longest state directory: the paths of Unix sockets below it must stay under the kernel's 108 bytes.
 const MAX_STATE_DIR: usize = 50;
 pub use ramet_vmm::QEMU_UID;
+
+/// Layers of a VM's disk at which some are merged. Each one that is opened costs a clone some 2 ms, and each read that goes
+/// down to it a few us, so a chain should be short; merging copies what they hold, so it should not be done at every
+/// checkpoint. A chain of a VM that is checkpointed for ever has 4 to 8.
+pub const MERGE_LAYERS: usize = 8;
 
 /// How a daemon runs. Everything below [`Config::state_dir`] is the daemon's own.
 #[derive(Debug, Clone)]
@@ -32,9 +36,8 @@ pub struct Config {
     pub image_dir: PathBuf,
     /// Overlays of VMs' disks.
     pub disk_dir: PathBuf,
-    /// Layers below a VM's overlay at which they are merged into it, while it runs. None: never, since QEMU 7.2 was seen to
-    /// end with a failed assertion in the middle of that.
-    pub merge_layers: Option<NonZero<usize>>,
+    /// Layers below a VM's overlay at which some are merged into one, while it runs; 0: never. See [`MERGE_LAYERS`].
+    pub merge_layers: usize,
     /// Addresses of families' members: the same in every family.
     pub guest_network: ramet_net::Subnet,
     /// Limits in force.
@@ -78,7 +81,7 @@ impl Config {
             listen: None,
             image_dir: "/var/lib/ramet/images".into(),
             disk_dir: "/var/lib/ramet/disks".into(),
-            merge_layers: None,
+            merge_layers: MERGE_LAYERS,
             guest_network: ramet_net::AddressPlan::default().network(),
             limits: Limits::default(),
             qemu: "qemu-system-x86_64".into(),

@@ -7,22 +7,24 @@
 use std::{
     collections::{BTreeSet, HashMap},
     fs, io,
-    os::unix::fs::PermissionsExt as _,
-    path::PathBuf,
+    ops::Range,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
     pin::Pin,
     sync::{Arc, Mutex, atomic::Ordering},
     task::Poll,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use ramet_client::api::{ErrorCode, PeerDisk, PeerGolden};
+use anyhow::Context as _;
+use ramet_client::api::{ErrorCode, PeerDisk, PeerGolden, VmState};
 use ramet_disk::{
     ChainPaths, DiskId,
     control::{DiskStatus, ExtentsReply, FrozenReply, RemoteReply, Request, SourceAddress, StatusReply},
     overlay::Templates,
 };
 use ramet_memory::{ByteSize, FamilyId, VmId};
-use ramet_vmm::{Base, DiskChain, VmProcess};
+use ramet_vmm::{Base, DiskChain, LayerSwap, VmProcess};
 use serde::de::DeserializeOwned;
 
 use crate::{
@@ -31,15 +33,17 @@ use crate::{
     daemon::Daemon,
     error::{ApiError, ApiResult},
     pagers::Pager,
-    state::{CheckpointRecord, FrozenDisk, Golden, Origin, State, VmDisk, VmRecord},
+    state::{CheckpointRecord, FrozenDisk, Golden, Merging, Origin, State, VmDisk, VmRecord},
     stats::lock,
     vms::Running,
 };
 
-/// How long a VM must have had no checkpoint before that: one would stop it, and it would begin anew.
-const FLATTEN_QUIET: Duration = Duration::from_secs(1);
-/// Layers at which that is no longer waited for.
-const FLATTEN_NOW: usize = 32;
+/// How long after a checkpoint layers are merged: its clones come first.
+const MERGE_LATER: Duration = Duration::from_secs(1);
+/// How many times as many layers as are merged otherwise a VM has when those are merged, too, that other VMs read through.
+const MERGE_SHARED: usize = 4;
+/// Room that merging leaves to those who write.
+const MERGE_LEAVES: u64 = 64 << 20;
 /// How long a request to a server of frozen disks may take.
 const CALL: Duration = Duration::from_secs(30);
 /// How soon a VM whose disk failed is continued.
@@ -55,6 +59,8 @@ pub(crate) struct Disks {
     golden: Mutex<HashMap<String, PathBuf>>,
     /// Overlays, and disks of other hosts, that are on no record yet.
     making: Mutex<BTreeSet<DiskId>>,
+    /// Held by whoever merges layers: one at a time.
+    merging: tokio::sync::Mutex<()>,
 }
 
 impl Disks {
@@ -63,6 +69,7 @@ impl Disks {
             templates: Arc::new(Templates::new(config.disk_dir.join("templates"))),
             golden: Mutex::default(),
             making: Mutex::default(),
+            merging: tokio::sync::Mutex::default(),
         }
     }
 }
@@ -175,12 +182,8 @@ impl Daemon {
     // ----------------------------------------------------------------------------------------------- checkpoints
 
     /// Before the pause: the overlay that the VM will write to after it.
-    pub(crate) async fn next_overlay(&self, running: &Running, vm: &VmRecord) -> ApiResult<Option<NextOverlay>> {
+    pub(crate) async fn next_overlay(&self, vm: &VmRecord) -> ApiResult<Option<NextOverlay>> {
         let Some(disk) = &vm.disk else { return Ok(None) };
-        if running.flattening.load(Ordering::Acquire) {
-            let stopped = running.process.stop_flattening().await;
-            stopped.map_err(|e| ApiError::failed("The merging of the disk's layers can't be stopped", e))?;
-        }
         let ids = DiskId::random_twins();
         let make = |id| self.make_overlay(vm.family, id, disk.frozen.size);
         match tokio::join!(make(ids[0]), make(ids[1])) {
@@ -244,8 +247,9 @@ impl Daemon {
     /// After the daemon's restart: the daemon before may have died between the freezing and its record.
     pub(crate) async fn find_disk_again(self: &Arc<Self>, running: &Arc<Running>, vm: &VmRecord) {
         let Some(disk) = &vm.disk else { return };
-        // Nobody waits for its end any more, and no checkpoint could be taken before that.
-        let _ = running.process.stop_flattening().await;
+        if disk.merging.is_some() {
+            self.merge_behind(running);
+        }
         let Ok(node) = running.process.disk_node().await else { return };
         if node == DiskChain::node(&self.overlay_path(vm.family, disk.active)) {
             return;
@@ -279,56 +283,168 @@ impl Daemon {
         after.frozen
     }
 
-    /// Merges the layers below a VM's overlay into it, in the background, when they are many.
-    pub(crate) fn flatten_behind(self: &Arc<Self>, running: &Arc<Running>) {
-        let layers =
-            |d: &Self, vm: VmId| d.store.read(|s| s.vms.get(&vm)?.disk.as_ref().map(|d| d.frozen.layers.clone()));
-        let Some(most) = self.config.merge_layers else { return };
-        if layers(self, running.id).is_none_or(|l| l.len() < most.get())
-            || running.flattening.swap(true, Ordering::AcqRel)
-        {
+    // --------------------------------------------------------------------------------------------------- merging
+
+    /// Merges frozen layers of a VM's disk into one, in the background, when they are many.
+    ///
+    /// What is frozen never changes, so a new file is made of it beside the running VM ([`ramet_disk::merge`]), which is
+    /// not asked. Then, between checkpoints, its QEMU takes the new file instead. The uppermost layer is never among
+    /// them, so there is always a frozen one right above the merged ones, whatever checkpoints are taken meanwhile, and
+    /// the overlay that the guest writes to is left alone.
+    pub(crate) fn merge_behind(self: &Arc<Self>, running: &Arc<Running>) {
+        let begun = self.store.read(|s| s.vms.get(&running.id)?.disk.as_ref()?.merging.clone()).is_some();
+        if (!begun && self.layers_to_merge(running.id).is_none()) || running.merging.swap(true, Ordering::AcqRel) {
             return;
         }
         let (daemon, running) = (self.clone(), running.clone());
         tokio::spawn(async move {
-            let mut merged = Vec::new();
-            // Not beside a checkpoint: it would merge into an overlay that is frozen by then.
-            let held = loop {
-                tokio::time::sleep(FLATTEN_QUIET).await;
-                let held = busy(Some(&running)).await;
-                let before = std::mem::replace(&mut merged, layers(&daemon, running.id).unwrap_or_default());
-                if before.len() == merged.len() || merged.len() >= FLATTEN_NOW {
-                    break held;
+            let one = daemon.disks.merging.lock().await;
+            tokio::time::sleep(MERGE_LATER).await;
+            let merged = daemon.merge_layers(&running).await;
+            running.merging.store(false, Ordering::Release);
+            drop(one);
+            match merged {
+                Ok(layers) => {
+                    tracing::info!(vm = %running.id, layers, "merged layers of a disk");
+                    // There may have come more meanwhile.
+                    daemon.merge_behind(&running);
                 }
-            };
-            let begun = running.process.flatten_disk().await;
-            drop(held);
-            let flat = match begun {
-                Ok(merging) => merging.await,
-                Err(err) => Err(err),
-            };
-            running.flattening.store(false, Ordering::Release);
-            match flat {
-                Ok(()) => {
-                    let _busy = busy(Some(&running)).await;
-                    let mut family = None;
-                    daemon.store.amend(|s| {
-                        if let Some(vm) = s.vms.get_mut(&running.id)
-                            && let Some(disk) = &mut vm.disk
-                        {
-                            disk.frozen.layers.retain(|l| !merged.contains(l));
-                            family = Some(vm.family);
-                        }
-                    });
-                    tracing::info!(vm = %running.id, layers = merged.len(), "merged the layers of a disk");
-                    if let Some(family) = family {
-                        daemon.sweep_disks(family);
-                    }
+                // The next checkpoint tries again.
+                Err(err) => {
+                    tracing::info!(vm = %running.id, error = format!("{err:#}"), "layers of a disk were not merged");
                 }
-                // A checkpoint stops it; after that it begins anew.
-                Err(err) => tracing::info!(vm = %running.id, error = %err, "the layers of a disk were not merged"),
             }
         });
+    }
+
+    /// Which layers of a VM's disk are to be merged.
+    fn layers_to_merge(&self, vm: VmId) -> Option<(FamilyId, Vec<DiskId>)> {
+        let (family, layers, others) = self.store.read(|s| {
+            let vm = s.vms.get(&vm)?;
+            let others = s.vms.values().filter(|v| v.id != vm.id && v.family == vm.family && v.alive());
+            let others: BTreeSet<_> = others.filter_map(|v| v.disk.as_ref()).flat_map(VmDisk::overlays).collect();
+            Some((vm.family, vm.disk.as_ref()?.frozen.layers.clone(), others))
+        })?;
+        let shared = layers.iter().rposition(|layer| others.contains(layer)).map_or(0, |last| last + 1);
+        let size = |layer: &DiskId| fs::metadata(self.overlay_path(family, *layer)).map_or(0, |m| m.blocks() * 512);
+        let range = to_merge(layers.len(), shared, self.config.merge_layers, |at| size(&layers[at]))?;
+        Some((family, layers[range].to_vec()))
+    }
+
+    async fn merge_layers(self: &Arc<Self>, running: &Arc<Running>) -> anyhow::Result<usize> {
+        // What an earlier one, or the daemon before, did not bring to its end.
+        let begun = self.store.read(|s| s.vms.get(&running.id)?.disk.as_ref()?.merging.clone());
+        if let Some(merging) = begun {
+            return self.swap_layers(running, merging).await;
+        }
+        let Some((family, old)) = self.layers_to_merge(running.id) else { anyhow::bail!("they are few by now") };
+        let merged = DiskId::random();
+        let path = self.overlay_path(family, merged);
+        lock(&self.disks.making).insert(merged);
+        let made = self.merge_files(running, family, &old, &path).await;
+        let swapped = match made {
+            Ok(()) => self.swap_layers(running, Merging { old, merged }).await,
+            Err(err) => Err(err),
+        };
+        // It may have come into use even so: then it is on record.
+        self.store.read(|s| {
+            if !overlays(s, family).contains(&merged) {
+                remove(&path);
+            }
+        });
+        self.overlay_settled(merged);
+        swapped
+    }
+
+    /// Makes the merged layer.
+    async fn merge_files(
+        &self,
+        running: &Arc<Running>,
+        family: FamilyId,
+        old: &[DiskId],
+        path: &Path,
+    ) -> anyhow::Result<()> {
+        let layers: Vec<_> = old.iter().map(|layer| self.overlay_path(family, *layer)).collect();
+        let size = self.store.read(|s| Some(s.vms.get(&running.id)?.disk.as_ref()?.frozen.size));
+        let size = size.context("the VM has gone")?;
+        let held: u64 = layers.iter().filter_map(|path| Some(fs::metadata(path).ok()?.blocks() * 512)).sum();
+        let file_system = rustix::fs::statvfs(&self.config.disk_dir)?;
+        anyhow::ensure!(
+            file_system.f_bavail * file_system.f_frsize > held + MERGE_LEAVES,
+            "there is no room for a copy of their {}",
+            ByteSize(held)
+        );
+        let target = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        if let Some((uid, gid)) = self.config.qemu_user {
+            std::os::unix::fs::fchown(&target, Some(uid), Some(gid))?;
+        }
+        let (done, ended) = tokio::sync::oneshot::channel();
+        let running = running.clone();
+        // A thread of its own: its priority is for ever.
+        let merge = move || {
+            let begin = Instant::now();
+            if let Err(err) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 19) {
+                tracing::debug!(error = %err, "merging of layers has no lower priority");
+            }
+            let go_on = || !running.ending.load(Ordering::Acquire) && running.process.is_alive();
+            let merged = ramet_disk::merge::merge(&layers, size.bytes(), &target, &go_on);
+            let sealed = merged
+                .map_err(anyhow::Error::from)
+                .and_then(|()| target.set_permissions(fs::Permissions::from_mode(0o444)).map_err(anyhow::Error::from));
+            tracing::debug!(vm = %running.id, layers = layers.len(), held, took = ?begin.elapsed(), "wrote a merged layer");
+            let _ = done.send(sealed);
+        };
+        std::thread::Builder::new().name("merge".to_owned()).spawn(merge)?;
+        ended.await.context("the merging of layers broke off")?
+    }
+
+    /// Has a VM's QEMU take the merged layer, and puts that on record: before it, what is meant to be, so that whoever comes
+    /// after a daemon that dies in the middle does it again.
+    async fn swap_layers(self: &Arc<Self>, running: &Arc<Running>, merging: Merging) -> anyhow::Result<usize> {
+        let _busy = busy(Some(running)).await;
+        let vm = self.store.read(|s| s.vms.get(&running.id).cloned()).context("the VM has gone")?;
+        anyhow::ensure!(vm.state == VmState::Running && !running.ending.load(Ordering::Acquire), "the VM does not run");
+        let disk = vm.disk.as_ref().context("the VM has no disk")?;
+        let at = disk.place_of(&merging.old).context("the disk has other layers by now")?;
+        // QEMU first waits for all reads under way, and stands still as long as that takes.
+        if let Some(remote) = self.remote_disk(&vm).await {
+            anyhow::ensure!(remote.waiting == 0, "reads of the VM wait for another host");
+        }
+        let layers = &disk.frozen.layers;
+        let path = |id: &DiskId| self.overlay_path(vm.family, *id);
+        let swap = LayerSwap {
+            below: at.checked_sub(1).map(|below| path(&layers[below])),
+            old: merging.old.iter().map(path).collect(),
+            merged: path(&merging.merged),
+            above: path(&layers[at + merging.old.len()]),
+        };
+        let change = |change: fn(&mut VmDisk)| {
+            move |s: &mut State| {
+                if let Some(disk) = s.vms.get_mut(&running.id).and_then(|vm| vm.disk.as_mut()) {
+                    change(disk);
+                }
+            }
+        };
+        self.store.update(|s| -> anyhow::Result<()> {
+            let disk = s.vms.get_mut(&running.id).and_then(|vm| vm.disk.as_mut()).context("the VM has gone")?;
+            disk.merging = Some(merging.clone());
+            Ok(())
+        })?;
+        let begin = Instant::now();
+        match running.process.swap_layers(&swap).await {
+            Ok(()) => {
+                tracing::debug!(vm = %vm.id, took = ?begin.elapsed(), "QEMU reads from a merged layer");
+                self.store.amend(change(VmDisk::merged));
+            }
+            Err(err) => {
+                if matches!(err, ramet_vmm::VmmError::Refused { .. }) {
+                    self.store.amend(change(|disk| disk.merging = None));
+                }
+                return Err(err.into());
+            }
+        }
+        self.sweep_disks(vm.family);
+        Ok(merging.old.len())
     }
 
     // ------------------------------------------------------------------------------------------------- watching
@@ -547,6 +663,32 @@ fn overlays(state: &State, family: FamilyId) -> BTreeSet<DiskId> {
     of_vms.chain(checkpoints.filter_map(|c| c.disk.as_ref()).flat_map(|d| d.layers.iter().copied())).collect()
 }
 
+/// Which of so many layers are to be merged, when the lowest `shared` are read by other VMs, too, and `most` are not merged yet.
+///
+/// Layers that others read through stay as they are, since all then read the same file, unless there are very many. The
+/// uppermost stays, too. All others become one, but for up to `most / 2 - 2` of the lowest, each as large as all above it:
+/// so a byte that is old is not copied again at every merge.
+fn to_merge(layers: usize, shared: usize, most: usize, size: impl Fn(usize) -> u64) -> Option<Range<usize>> {
+    if most == 0 {
+        return None;
+    }
+    let most = most.max(3);
+    let first = match () {
+        () if layers - shared >= most => shared,
+        () if layers >= most * MERGE_SHARED => 0,
+        () => return None,
+    };
+    let end = layers - 1;
+    // The two uppermost, and whatever is not large beside what is above it.
+    let mut start = end - 2;
+    let mut above = size(start) + size(start + 1);
+    while start > first && (start - first > (most / 2).saturating_sub(2) || size(start - 1) <= above) {
+        start -= 1;
+        above += size(start);
+    }
+    Some(start..end)
+}
+
 /// Frozen disks that the family's server serves to QEMUs or to other hosts.
 fn served(state: &State, family: FamilyId) -> BTreeSet<DiskId> {
     let vms = state.vms.values().filter(|vm| vm.family == family && vm.alive()).filter_map(|vm| vm.disk.as_ref());
@@ -577,7 +719,7 @@ mod tests {
         let mut state = State::default();
         let mut web = vm("web");
         let family = web.family;
-        web.disk = Some(VmDisk { frozen: frozen(&[1], None), active: DiskId::from_u128(2) });
+        web.disk = Some(VmDisk { active: DiskId::from_u128(2), ..VmDisk::over(frozen(&[1], None)) });
         state.vms.insert(web.id, web.clone());
         let mut taken = checkpoint(&[1]);
         taken.disk = Some(frozen(&[1, 7], Some(9)));
@@ -591,8 +733,51 @@ mod tests {
     }
 
     #[test]
+    fn layers_are_merged_when_they_are_many_and_old_ones_seldom() {
+        let like = |sizes: &'static [u64]| move |at: usize| sizes[at];
+        let same = |_: usize| 10;
+        assert_eq!(to_merge(7, 0, 8, same), None);
+        assert_eq!(to_merge(8, 0, 8, same), Some(0..7), "all but the uppermost");
+        assert_eq!(to_merge(8, 0, 0, same), None, "never");
+        assert_eq!(to_merge(8, 1, 8, same), None, "another VM reads through one");
+        assert_eq!(to_merge(10, 2, 8, same), Some(2..9));
+        assert_eq!(to_merge(32, 31, 8, same), Some(0..31), "very many");
+        assert_eq!(to_merge(8, 0, 8, like(&[999, 1, 1, 1, 1, 1, 1, 1])), Some(1..7), "what is large stays");
+        assert_eq!(to_merge(8, 0, 8, like(&[999, 99, 9, 1, 1, 1, 1, 1])), Some(2..7), "but only some");
+        assert_eq!(to_merge(3, 0, 1, same), Some(0..2));
+        // For ever: it stays short, and a byte is copied a few times.
+        let (mut sizes, mut copied) = (Vec::new(), 0);
+        for round in 0..1000 {
+            sizes.push(1 + round % 3);
+            if let Some(range) = to_merge(sizes.len(), 0, 8, |at| sizes[at]) {
+                let merged = sizes[range.clone()].iter().sum();
+                copied += merged;
+                sizes.splice(range, [merged]);
+                assert!(sizes.len() <= 4, "{sizes:?}");
+            }
+        }
+        assert!(copied < 2000 * 20, "{copied}");
+    }
+
+    #[test]
+    fn a_merged_layer_takes_the_place_of_those_that_it_was_made_of() {
+        let ids = |n: &[u128]| n.iter().map(|n| DiskId::from_u128(*n)).collect::<Vec<_>>();
+        let mut disk = VmDisk { active: DiskId::from_u128(9), ..VmDisk::over(frozen(&[1, 2, 3, 4], None)) };
+        assert_eq!(disk.place_of(&ids(&[2, 3])), Some(1));
+        for other in [&[3, 4][..], &[2, 4], &[5], &[4, 5], &[]] {
+            assert_eq!(disk.place_of(&ids(other)), None, "{other:?}");
+        }
+        disk.merging = Some(Merging { old: ids(&[2, 3]), merged: DiskId::from_u128(7) });
+        assert!(disk.overlays().any(|id| id == DiskId::from_u128(7)), "it is needed before it is in use");
+        disk = disk.followed_by(DiskId::from_u128(10));
+        disk.merged();
+        assert_eq!(disk.frozen.layers, ids(&[1, 7, 4, 9]));
+        assert_eq!((disk.merging, disk.active), (None, DiskId::from_u128(10)));
+    }
+
+    #[test]
     fn a_frozen_overlay_becomes_the_uppermost_layer() {
-        let disk = VmDisk { frozen: frozen(&[1], None), active: DiskId::from_u128(2) };
+        let disk = VmDisk { active: DiskId::from_u128(2), ..VmDisk::over(frozen(&[1], None)) };
         let next = disk.followed_by(DiskId::from_u128(3));
         assert_eq!(next.frozen.layers, [DiskId::from_u128(1), DiskId::from_u128(2)]);
         assert_eq!(next.active, DiskId::from_u128(3));

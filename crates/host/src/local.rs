@@ -6,7 +6,6 @@ use std::{
 };
 
 use ramet_client::api::{CloneResult, ErrorCode, Timeline, VmInfo};
-use ramet_disk::DiskId;
 use ramet_guest::host::{AgentClient, AgentError};
 use ramet_memory::{ImageId, VmId};
 use ramet_pager::control::View;
@@ -148,7 +147,7 @@ impl Daemon {
         let vm = self.store.note(|s| {
             let vm = s.vms.get_mut(&clone.id).ok_or_else(removed)?;
             vm.dir = claimed.dir;
-            vm.disk = record.disk.clone().map(|frozen| VmDisk { frozen, active: DiskId::random() });
+            vm.disk = record.disk.clone().map(VmDisk::over);
             ApiResult::Ok(vm.clone())
         })?;
         // Before the devices are loaded: the guest then finds its host connected, as it was in the parent.

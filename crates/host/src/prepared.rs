@@ -13,7 +13,6 @@ use std::{
 };
 
 use ramet_client::api::{ErrorCode, PoolEntry, PoolStatus};
-use ramet_disk::DiskId;
 use ramet_memory::{FamilyId, ImageId, VmId};
 use ramet_pager::control::View;
 use ramet_vmm::VmProcess;
@@ -268,7 +267,7 @@ impl Daemon {
         let agent = UnixStream::connect(claimed.process.agent_socket()).await.ok();
         let id = VmId::random();
         let family = record.family;
-        let disk = record.disk.clone().map(|frozen| VmDisk { frozen, active: DiskId::random() });
+        let disk = record.disk.clone().map(VmDisk::over);
         let mut made = Prepared { id, family, process: claimed.process, dir: claimed.dir, agent, disk, nic: None };
         let parts = async {
             if let Some(disk) = &made.disk {

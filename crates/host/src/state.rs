@@ -160,9 +160,45 @@ pub struct VmDisk {
     pub frozen: FrozenDisk,
     /// The overlay that it writes to.
     pub active: DiskId,
+    /// Its QEMU may use one merged layer instead of several of the frozen ones already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merging: Option<Merging>,
+}
+
+/// One layer that takes the place of several, and shows the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Merging {
+    /// Those that go: they follow one another, and are not the uppermost.
+    pub old: Vec<DiskId>,
+    /// What comes.
+    pub merged: DiskId,
 }
 
 impl VmDisk {
+    /// The disk of a VM that begins with what is frozen.
+    #[must_use]
+    pub fn over(frozen: FrozenDisk) -> Self {
+        Self { frozen, active: DiskId::random(), merging: None }
+    }
+
+    /// Where in the chain those lie that the merged layer takes the place of. None: they are not there, or there is no
+    /// frozen one above them.
+    #[must_use]
+    pub fn place_of(&self, old: &[DiskId]) -> Option<usize> {
+        let layers = &self.frozen.layers;
+        let at = layers.iter().position(|layer| Some(layer) == old.first())?;
+        (layers.get(at..at + old.len()) == Some(old) && at + old.len() < layers.len()).then_some(at)
+    }
+
+    /// The same once its QEMU uses the merged layer.
+    pub fn merged(&mut self) {
+        if let Some(Merging { old, merged }) = self.merging.take()
+            && let Some(at) = self.place_of(&old)
+        {
+            self.frozen.layers.splice(at..at + old.len(), [merged]);
+        }
+    }
+
     /// The same after its overlay was frozen and `next` took its place.
     #[must_use]
     pub fn followed_by(mut self, next: DiskId) -> Self {
@@ -173,7 +209,8 @@ impl VmDisk {
 
     /// All overlays that it needs.
     pub fn overlays(&self) -> impl Iterator<Item = DiskId> {
-        self.frozen.layers.iter().copied().chain([self.active])
+        let merged = self.merging.as_ref().map(|m| m.merged);
+        self.frozen.layers.iter().copied().chain([self.active]).chain(merged)
     }
 }
 

@@ -14,7 +14,6 @@ use ramet_client::api::{
     CloneOptions, Counters, Egress, ErrorCode, MemoryUse, RunRequest, StopRequest, Timeline, UnreachableHost, VmInfo,
     VmList, VmState, VmStats,
 };
-use ramet_disk::DiskId;
 use ramet_guest::host::AgentClient;
 use ramet_memory::{FamilyId, VmId};
 use ramet_pager::control::{StatsReport, VmReport};
@@ -55,7 +54,7 @@ pub struct Running {
     pub(crate) paused: AtomicBool,
     pub(crate) timeline: Mutex<Option<Timeline>>,
     /// Its disk's layers are being merged.
-    pub(crate) flattening: AtomicBool,
+    pub(crate) merging: AtomicBool,
     /// Why it stands still, when its disk failed.
     pub(crate) disk_trouble: Mutex<Option<String>>,
 }
@@ -180,7 +179,7 @@ impl Daemon {
         }
         let golden = Golden { image, hash: disk.hash };
         let frozen = FrozenDisk { size, golden, origin: None, layers: Vec::new(), volumes };
-        Ok(Some(VmDisk { frozen, active: DiskId::random() }))
+        Ok(Some(VmDisk::over(frozen)))
     }
 
     fn check_network(&self, request: &RunRequest, network: bool) -> ApiResult<()> {
@@ -359,7 +358,7 @@ impl Daemon {
             ending: AtomicBool::new(false),
             paused: AtomicBool::new(false),
             timeline: Mutex::default(),
-            flattening: AtomicBool::new(false),
+            merging: AtomicBool::new(false),
             disk_trouble: Mutex::default(),
         });
         lock(&self.running).insert(id, running.clone());

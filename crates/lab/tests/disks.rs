@@ -357,7 +357,8 @@ async fn chains_of_checkpoints_are_right_and_failed_ones_leave_nothing() {
     for _ in 0..10 {
         taken.push(take().await.unwrap().checkpoint.id.to_string());
     }
-    assert_eq!(layers().await, 10);
+    // The last ones come while layers are being merged.
+    until("layers are merged", || async { layers().await < 8 }).await;
     // The first and the last still are what they were.
     for id in [&taken[0], &taken[9]] {
         let clone = home.clone_checkpoint(id, &clones(2, &["h1", "h2"])).await.unwrap().clones;
@@ -369,6 +370,30 @@ async fn chains_of_checkpoints_are_right_and_failed_ones_leave_nothing() {
     for id in taken.iter().rev() {
         home.remove_checkpoint(id).await.unwrap();
     }
+    // Merged again and again, while the guest writes and checkpoints are taken.
+    let (mut taken, mut most) = (Vec::new(), 0);
+    for _ in 0..30 {
+        taken.push(take().await.unwrap().checkpoint.id.to_string());
+        most = most.max(layers().await);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    until("layers are merged", || async { layers().await < 8 }).await;
+    let merges = lab.log_tail(1, 100_000).unwrap().matches("merged layers of a disk").count();
+    eprintln!("{merges} merges of layers, {most} layers at most");
+    assert!(merges >= 3 && most < 30, "{merges} merges, {most} layers");
+    for id in [&taken[9], &taken[29]] {
+        let clone = home.clone_checkpoint(id, &clones(2, &["h1", "h2"])).await.unwrap().clones;
+        for (client, clone) in [(&home, &clone[0]), (&away, &clone[1])] {
+            assert!(right(client, &clone.vm.name).await >= 1);
+            client.remove_vm(&clone.vm.name, true).await.unwrap();
+        }
+    }
+    for id in taken.iter().rev() {
+        home.remove_checkpoint(id).await.unwrap();
+    }
+    assert!(right(&home, "web").await >= 1);
+    until("old layers are gone", || async { overlays(&dir).len() == layers().await as usize + 1 }).await;
+    write_again(&home, "web").await;
 
     // A checkpoint fails before its pause: there is no place for the overlay.
     let family = dir.join("disks").join(vm(&home, "web").await.family.to_string());
@@ -384,7 +409,8 @@ async fn chains_of_checkpoints_are_right_and_failed_ones_leave_nothing() {
     fs::rename(&states, &aside).unwrap();
     take().await.unwrap_err();
     fs::rename(&aside, &states).unwrap();
-    assert_eq!(layers().await, before + 1, "the VM writes to the new overlay");
+    // Or to the one after it, when it wrote until it stood still.
+    assert!((before + 1..=before + 2).contains(&layers().await), "the VM writes to the new overlay");
     // In the middle, wherever that is.
     for pause in [0, 40, 80, 120] {
         let kill_pager = async {
@@ -398,8 +424,9 @@ async fn chains_of_checkpoints_are_right_and_failed_ones_leave_nothing() {
         until("a new pager serves", || async { !pids(&lab, 1, "ramet-pager").is_empty() }).await;
     }
     assert!(home.checkpoints().await.unwrap().checkpoints.is_empty());
-    let needed = layers().await as usize + 1;
-    until("only the VM's overlays are left", || async { overlays(&dir).len() == needed }).await;
+    // Layers may be merged once more.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    until("only the VM's overlays are left", || async { overlays(&dir).len() == layers().await as usize + 1 }).await;
 
     // The daemon dies. What it had prepared goes, disks are found again.
     let (_, made) = fork(&home, "web", 2, &["h1", "h2"]).await;
@@ -438,6 +465,7 @@ async fn chains_of_checkpoints_are_right_and_failed_ones_leave_nothing() {
     for _ in 0..9 {
         away.checkpoint(&made[1], &api::CheckpointRequest::default()).await.unwrap();
     }
+    until("layers are merged", || async { vm(&away, &made[1]).await.disk.unwrap().layers < 8 }).await;
     let (_, last) = fork(&away, &made[1], 1, &["h1"]).await;
     assert!(right(&home, &last[0]).await >= 1 && right(&away, &made[1]).await >= 1);
     all_gone(&lab, &[1, 2]).await;

@@ -13,6 +13,9 @@ use std::{
 /// Most characters of a node's name in QEMU.
 pub const MAX_NODE_NAME: usize = 31;
 
+/// Names of the nodes of bases: a raw file's, an NBD server's.
+pub(crate) const BASES: [&str; 2] = ["golden", "origin"];
+
 /// A copy-on-write disk as one VM opens it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskChain {
@@ -33,6 +36,30 @@ pub enum Base {
     Nbd(PathBuf, String),
     /// Nothing: zeros.
     None,
+}
+
+impl Base {
+    /// The name of its node, if it has one.
+    pub(crate) const fn node(&self) -> Option<&'static str> {
+        match self {
+            Self::Raw(_) => Some(BASES[0]),
+            Self::Nbd(..) => Some(BASES[1]),
+            Self::None => None,
+        }
+    }
+}
+
+/// One frozen layer of a disk instead of several: see [`crate::VmProcess::swap_layers`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerSwap {
+    /// The frozen layer right below those that go; none: they are the lowest ones.
+    pub below: Option<PathBuf>,
+    /// Those that go, oldest first.
+    pub old: Vec<PathBuf>,
+    /// What comes (qcow2 without a backing name).
+    pub merged: PathBuf,
+    /// The frozen layer right above them.
+    pub above: PathBuf,
 }
 
 impl DiskChain {

@@ -17,7 +17,7 @@ mod qemu;
 pub mod qmp;
 
 pub use cpus::ControlRegisters;
-pub use devices::{Base, DiskChain, MAX_NODE_NAME, Nic};
+pub use devices::{Base, DiskChain, LayerSwap, MAX_NODE_NAME, Nic};
 pub use error::VmmError;
 pub use machine::{Accel, AgentPort, Boot, DEFAULT_MACHINE, MOST_CARDS, MachineSpec, VmPaths};
 pub use pool::{Claimed, Pool, PoolConfig};
@@ -57,9 +57,6 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// When the process does not end.
     async fn kill(&self, dir: &Path) -> Result<(), VmmError>;
 }
-
-/// The merging of a disk's layers: see [`VmProcess::flatten_disk`].
-pub type Flattening<'a> = std::pin::Pin<Box<dyn Future<Output = Result<(), VmmError>> + Send + 'a>>;
 
 /// A running VMM. Dropping it leaves the VM running.
 #[async_trait]
@@ -107,19 +104,13 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`VmmError`].
     async fn disk_node(&self) -> Result<String, VmmError>;
-    /// Begins to copy everything between the active overlay and the base, or the whole chain where there is no base, into
-    /// the active overlay while the guest runs. Not to be called while a state is saved, which may freeze that overlay.
-    /// What it returns waits for the end, closes what is not needed any more, and fails when it was stopped: what was
-    /// copied until then does no harm.
+    /// Puts one layer in the place of several of the disk's frozen ones, which shows the same, and closes those. The guest
+    /// runs on, but for the moment that it takes; nothing that it writes to is touched. Not to be called while a state is
+    /// saved. What was done before is not done again, so it may be called until it succeeds.
     ///
     /// # Errors
-    /// [`VmmError`].
-    async fn flatten_disk(&self) -> Result<Flattening<'_>, VmmError>;
-    /// Ends a [`VmProcess::flatten_disk`] under way; it then fails. Nothing happens when there is none.
-    ///
-    /// # Errors
-    /// [`VmmError`].
-    async fn stop_flattening(&self) -> Result<(), VmmError>;
+    /// [`VmmError`]; with [`VmmError::Refused`] the disk is as before, with others it may be either.
+    async fn swap_layers(&self, swap: &LayerSwap) -> Result<(), VmmError>;
     /// Waits until the guest stands still because its disk failed, and returns why. [`VmProcess::cont`] tries again.
     async fn disk_failure(&self) -> String;
     /// Waits until the guest is reset: it boots anew.

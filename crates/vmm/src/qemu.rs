@@ -11,7 +11,7 @@
 //! is writing bytes and waiting for the word that they were understood.
 
 use crate::{
-    Base, Boot, DiskChain, ExitInfo, Flattening, MachineSpec, NextOverlays, Nic, Resumed, SavedState, VmPaths,
+    Base, Boot, DiskChain, ExitInfo, LayerSwap, MachineSpec, NextOverlays, Nic, Resumed, SavedState, VmPaths,
     VmProcess, Vmm, VmmError, devices,
     machine::arguments,
     process::{Process, start_time},
@@ -42,9 +42,6 @@ const START: Duration = Duration::from_secs(30);
 const STATE: Duration = Duration::from_secs(60);
 /// Time limit for a killed process to go.
 const KILL: Duration = Duration::from_secs(10);
-
-/// The name of the job that flattens a disk.
-const FLATTEN: &str = "flatten";
 
 /// Settings of QEMU on a host.
 #[derive(Debug, Clone)]
@@ -362,18 +359,18 @@ impl QemuProcess {
     async fn put_in(&self, device: &str, node: &str, instead_of: &str) -> Result<(), VmmError> {
         let path = format!("/machine/peripheral/{device}");
         self.execute("qom-set", json!({ "path": path, "property": "drive", "value": node })).await?;
-        self.execute("blockdev-del", json!({ "node-name": instead_of })).await.map(drop)
+        self.remove_node(instead_of).await
     }
 
-    /// The nodes below `node`, uppermost first.
-    async fn nodes_below(&self, node: &str) -> Result<Vec<String>, VmmError> {
+    /// The names of all nodes of disks.
+    async fn nodes(&self) -> Result<Vec<String>, VmmError> {
         let answer = self.execute("query-named-block-nodes", json!({ "flat": true })).await?;
         let nodes = answer.as_array().ok_or_else(|| devices::lacks("query-named-block-nodes", "nodes"))?;
-        // Flat answers do not tell what lies below; names do: ours begin with the names of layers.
-        let name = |n: &Value| n.get("node-name").and_then(Value::as_str).map(str::to_owned);
-        let driver = |n: &Value| n.get("drv").and_then(Value::as_str).map(str::to_owned);
-        let layers = nodes.iter().filter(|n| driver(n).as_deref() == Some("qcow2")).filter_map(name);
-        Ok(layers.filter(|n| n != node).collect())
+        Ok(nodes.iter().filter_map(|n| n.get("node-name")?.as_str().map(str::to_owned)).collect())
+    }
+
+    async fn remove_node(&self, node: &str) -> Result<(), VmmError> {
+        self.execute("blockdev-del", json!({ "node-name": node })).await.map(drop)
     }
 
     /// A file in memory that QEMU can write a state to.
@@ -401,7 +398,7 @@ impl QemuProcess {
         };
         let Err(err) = put.await else { return Ok(()) };
         // Refused when it is in use all the same.
-        let _ = self.execute("blockdev-del", json!({ "node-name": name })).await;
+        let _ = self.remove_node(&name).await;
         Err(err)
     }
 
@@ -467,44 +464,6 @@ impl QemuProcess {
         }
     }
 
-    /// Waits for the end of the merging of layers, and closes those that were merged.
-    async fn flattened(&self, mut events: broadcast::Receiver<Event>, below: Vec<String>) -> Result<(), VmmError> {
-        let ended = async {
-            loop {
-                match events.recv().await {
-                    Ok(event) if event.data.get("device").and_then(Value::as_str) != Some(FLATTEN) => {}
-                    Ok(event) if event.name == "BLOCK_JOB_COMPLETED" => {
-                        return match event.data.get("error").and_then(Value::as_str) {
-                            Some(error) => Err(error.to_owned()),
-                            None => Ok(()),
-                        };
-                    }
-                    Ok(event) if event.name == "BLOCK_JOB_CANCELLED" => return Err("it was stopped".to_owned()),
-                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => return Err("the connection is lost".to_owned()),
-                }
-            }
-        };
-        let refused = |message| VmmError::Refused { command: "block-stream".to_owned(), message };
-        ended.await.map_err(refused)?;
-        // Uppermost first: one below another is in use until that is gone.
-        let mut left = below;
-        while !left.is_empty() {
-            let before = left.len();
-            let mut still = Vec::new();
-            for node in left {
-                if self.execute("blockdev-del", json!({ "node-name": node })).await.is_err() {
-                    still.push(node);
-                }
-            }
-            left = still;
-            if left.len() == before {
-                return Err(refused(format!("{left:?} can't be closed")));
-            }
-        }
-        Ok(())
-    }
-
     async fn state_error(&self, what: &'static str, message: String) -> VmmError {
         let info = self.execute("query-migrate", Value::Null).await.ok();
         let reason = info.as_ref().and_then(|i| i.get("error-desc")).and_then(Value::as_str);
@@ -555,17 +514,12 @@ impl VmProcess for QemuProcess {
     }
 
     async fn attach_disk(&self, disk: &DiskChain) -> Result<(), VmmError> {
-        let mut below = match &disk.base {
-            Base::Raw(file) => {
-                self.add_raw("golden", 1, file).await?;
-                Some("golden".to_owned())
-            }
-            Base::Nbd(socket, export) => {
-                self.add_node(devices::nbd("origin", socket, export)).await?;
-                Some("origin".to_owned())
-            }
-            Base::None => None,
-        };
+        match (&disk.base, disk.base.node()) {
+            (Base::Raw(file), Some(name)) => self.add_raw(name, 1, file).await?,
+            (Base::Nbd(socket, export), Some(name)) => self.add_node(devices::nbd(name, socket, export)).await?,
+            _ => {}
+        }
+        let mut below = disk.base.node().map(str::to_owned);
         for layer in &disk.layers {
             self.add_node(devices::frozen(layer, below.as_deref())).await?;
             below = Some(DiskChain::node(layer));
@@ -606,45 +560,39 @@ impl VmProcess for QemuProcess {
         devices::node_of(&answer, "disk0").ok_or_else(|| devices::lacks("query-block", "disk"))
     }
 
-    async fn flatten_disk(&self) -> Result<Flattening<'_>, VmmError> {
-        let node = self.disk_node().await?;
-        let below = self.nodes_below(&node).await?;
-        if below.is_empty() {
-            return Ok(Box::pin(std::future::ready(Ok(()))));
+    async fn swap_layers(&self, swap: &LayerSwap) -> Result<(), VmmError> {
+        let nodes = self.nodes().await?;
+        let merged = DiskChain::node(&swap.merged);
+        // It may have been begun before.
+        if !nodes.contains(&merged) {
+            let below = swap.below.as_deref().map(DiskChain::node);
+            let base = || devices::BASES.into_iter().find(|base| nodes.iter().any(|node| node == base));
+            let below = below.as_deref().or_else(base);
+            self.add_node(devices::frozen(&swap.merged, below)).await?;
         }
-        let named = self.execute("query-named-block-nodes", json!({ "flat": true })).await?;
-        let has = |name: &str| {
-            let names = named.as_array().into_iter().flatten().filter_map(|n| n.get("node-name")?.as_str());
-            names.into_iter().any(|n| n == name)
-        };
-        let events = self.qmp.events();
-        let mut arguments = json!({ "job-id": FLATTEN, "device": node, "auto-dismiss": true });
-        if let Some(base) = ["golden", "origin"].into_iter().find(|base| has(base)) {
-            arguments["base-node"] = base.into();
-        }
-        self.execute("block-stream", arguments).await?;
-        Ok(Box::pin(self.flattened(events, below)))
-    }
-
-    async fn stop_flattening(&self) -> Result<(), VmmError> {
-        let mut events = self.qmp.events();
-        match self.execute("block-job-cancel", json!({ "device": FLATTEN })).await {
+        let above = devices::frozen(&swap.above, Some(&merged));
+        match self.execute("blockdev-reopen", json!({ "options": [above] })).await {
             Ok(_) => {}
-            // There is none.
-            Err(VmmError::Refused { .. }) => return Ok(()),
+            // It has changed nothing; then nobody uses the new node, unless it was taken before.
+            Err(err @ VmmError::Refused { .. }) => match self.remove_node(&merged).await {
+                Ok(()) => return Err(err),
+                Err(VmmError::Refused { .. }) => {}
+                Err(lost) => return Err(lost),
+            },
             Err(err) => return Err(err),
         }
-        let ended = async {
-            while let Ok(event) = events.recv().await {
-                let ours = event.data.get("device").and_then(Value::as_str) == Some(FLATTEN);
-                if ours && matches!(event.name.as_str(), "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED") {
-                    return;
-                }
+        // Uppermost first: one below another is in use until that is gone.
+        for layer in swap.old.iter().rev() {
+            let old = DiskChain::node(layer);
+            if nodes.contains(&old)
+                && let Err(err) = self.remove_node(&old).await
+            {
+                // Nothing is read from it any more. Its room is not free before the VM ends.
+                tracing::warn!(node = old, error = %err, "a merged layer can't be closed");
+                break;
             }
-        };
-        let limit = COMMAND;
-        let command = "block-job-cancel".to_owned();
-        tokio::time::timeout(limit, ended).await.map_err(|_| VmmError::Timeout { command, limit })
+        }
+        Ok(())
     }
 
     async fn disk_failure(&self) -> String {

@@ -1,9 +1,11 @@
-//! Real QEMU under TCG with a copy-on-write disk: frozen with the devices, opened by a clone, flattened.
+//! Real QEMU under TCG with a copy-on-write disk: frozen with the devices, opened by a clone, its layers swapped.
 #![allow(clippy::unwrap_used, reason = "a failure ends the test")]
 
 use ramet_kernel::shim::{Segment, ShimClient};
 use ramet_memory::ByteSize;
-use ramet_vmm::{Accel, Base, Boot, DiskChain, MachineSpec, NextOverlays, Qemu, VmProcess, Vmm, VmmConfig};
+use ramet_vmm::{
+    Accel, Base, Boot, DiskChain, LayerSwap, MachineSpec, NextOverlays, Qemu, VmProcess, Vmm, VmmConfig, VmmError,
+};
 use std::{
     os::{fd::AsFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
@@ -98,9 +100,30 @@ async fn a_disk_is_frozen_with_the_devices_and_opened_by_a_clone() {
     assert_eq!(parent.disk_node().await.unwrap(), before);
     assert_eq!(parent.query_status().await.unwrap(), "running");
 
-    parent.stop_flattening().await.unwrap();
-    parent.flatten_disk().await.unwrap().await.unwrap();
-    assert_eq!(parent.disk_node().await.unwrap(), before, "the active overlay stays");
+    // One layer in the place of the two below the uppermost; twice, as after a daemon that died in the middle.
+    let swap = |below: Option<&PathBuf>, old: &[PathBuf], merged: &Path, above: &Path| LayerSwap {
+        below: below.cloned(),
+        old: old.to_vec(),
+        merged: merged.to_owned(),
+        above: above.to_owned(),
+    };
+    let merged = overlay(dir.path(), "merged");
+    parent.swap_layers(&swap(None, &layers[..2], &merged, &layers[2])).await.unwrap();
+    parent.swap_layers(&swap(None, &layers[..2], &merged, &layers[2])).await.unwrap();
+    assert_eq!(parent.query_status().await.unwrap(), "running");
+    // What can't be opened, or is not above, changes nothing.
+    let missing = dir.path().join("missing.qcow2");
+    for wrong in [swap(None, &layers[..2], &missing, &layers[2]), swap(None, &[], &layers[0], &missing)] {
+        let err = parent.swap_layers(&wrong).await.unwrap_err();
+        assert!(matches!(err, VmmError::Refused { .. }), "{err}");
+    }
+    // In the middle of a chain.
+    let next = overlay(dir.path(), "next");
+    parent.save_state(Some(NextOverlays { first: &next, second: &second })).await.unwrap();
+    parent.cont().await.unwrap();
+    let again = overlay(dir.path(), "again");
+    parent.swap_layers(&swap(Some(&merged), &layers[2..3], &again, &layers[3])).await.unwrap();
+    assert_eq!(parent.disk_node().await.unwrap(), DiskChain::node(&next), "the active overlay stays");
     let next = overlay(dir.path(), "last");
     parent.save_state(Some(NextOverlays { first: &next, second: &second })).await.unwrap();
     parent.cont().await.unwrap();

@@ -48,10 +48,9 @@ struct Arguments {
     /// Where overlays of VMs' disks are: on a disk with room, not in memory.
     #[arg(long, env = "RAMET_DISK_DIR")]
     disk_dir: Option<PathBuf>,
-    /// Merge the layers of a VM's disk into one, while it runs, when they are this many. Experimental: QEMU 7.2 was seen to
-    /// crash of it. Default: never.
-    #[arg(long, value_name = "N")]
-    merge_layers: Option<std::num::NonZero<usize>>,
+    /// Merge layers of a VM's disk into one, in the background, when they are this many; 0: never.
+    #[arg(long, value_name = "N", default_value_t = ramet_host::config::MERGE_LAYERS)]
+    merge_layers: usize,
     /// Network whose addresses VMs get, the same in every family: a prefix of 10 or shorter. Default: 100.64.0.0/10. All
     /// hosts of a group must have the same.
     #[arg(long, value_name = "NETWORK")]
