@@ -18,7 +18,7 @@ use std::{
 
 use ramet_client::api::{
     CloneFailure, CloneOptions, CloneRequest, CloneResponse, CloneResult, ErrorCode, ForkRequest, ForkResponse,
-    MemberNumber, PeerClone, PeerCommit, PeerDisk, VmState,
+    MemberNumber, PeerBoot, PeerClone, PeerCommit, PeerDisk, VmState,
 };
 use ramet_memory::{FamilyId, ImageId, VmId};
 
@@ -28,7 +28,7 @@ use crate::{
     local::{LocalClone, NewClone},
     memory::needed_by_clones,
     names::{check_vm_name, default_clone_name, shown},
-    state::{CheckpointRecord, Joined, State, VmNic, VmRecord, now_unix_ms},
+    state::{BootFiles, CheckpointRecord, Joined, State, VmNic, VmRecord, now_unix_ms},
     stats::us,
     undo::Undo,
     vms::{check_free, check_ttl},
@@ -410,6 +410,11 @@ impl Daemon {
             disk: disk.clone(),
             network: self.offer_network(record.family),
             frozen: record.frozen,
+            boot: record.boot.as_ref().map(|b| PeerBoot {
+                kernel: b.kernel.clone(),
+                initrd: b.initrd.clone(),
+                cmdline: b.cmdline.clone(),
+            }),
             options: terms.options.clone(),
         }
     }
@@ -548,6 +553,7 @@ pub(crate) struct Parent {
     pub(crate) family: ramet_memory::FamilyId,
     /// Networks with a name that it has joined.
     pub(crate) joined: Vec<FamilyId>,
+    pub(crate) boot: Option<BootFiles>,
 }
 
 impl Parent {
@@ -561,6 +567,7 @@ impl Parent {
             spec: vm.spec.clone(),
             family: vm.family,
             joined: vm.joined.iter().map(|j| j.network).collect(),
+            boot: vm.boot.clone(),
         }
     }
 
@@ -574,6 +581,7 @@ impl Parent {
             spec: record.spec.clone(),
             family: record.family,
             joined: record.joined.clone(),
+            boot: record.boot.clone(),
         }
     }
 }
@@ -665,6 +673,8 @@ pub(crate) fn reserve(
             nic: clone.nic.clone(),
             published: Vec::new(),
             joined: clone.joined.clone(),
+            boot: parent.boot.clone(),
+            rebooting: false,
         };
         state.vms.insert(id, record);
     }

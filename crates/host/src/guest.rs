@@ -142,7 +142,7 @@ impl Daemon {
         let mut entropy = [0; 64];
         getrandom::fill(&mut entropy)
             .map_err(|e| ApiError::internal(format!("No random numbers for '{}': {e}", vm.name)))?;
-        let clone = vm.checkpoint.is_some();
+        let clone = vm.is_clone();
         // A guest on a disk is a machine of its own; one in memory alone has no such names.
         let somebody = vm.disk.is_some() || vm.nics().next().is_some();
         let identity = Identity {
@@ -245,7 +245,7 @@ impl Daemon {
         if limit.is_zero() {
             return;
         }
-        let clone = self.store.read(|s| s.vms.get(&running.id).is_some_and(|vm| vm.checkpoint.is_some()));
+        let clone = self.store.read(|s| s.vms.get(&running.id).is_some_and(VmRecord::is_clone));
         let greeted = match clone {
             true => self.settle_in(running, limit, options, &mut |_| {}).await,
             false => self.introduce(running, limit, options).await,

@@ -160,7 +160,7 @@ impl Daemon {
         let attach = self.attach(&running, &vm, pager, View::Image(record.id));
         let parts = async {
             let begin = Instant::now();
-            self.give_parts(&running, false).await?;
+            self.give_parts(&running, true, false).await?;
             let took = begin.elapsed();
             // Not before: it makes the disk active, and what is attached to an active device must be, too.
             if at_once.is_some() {
