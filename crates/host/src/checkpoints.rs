@@ -73,6 +73,7 @@ impl Daemon {
         let vm = self.find_vm(wanted)?;
         let daemon = self.clone();
         let taken = to_the_end(async move {
+            daemon.look_for_agent(&vm, crate::guest::GLANCE).await;
             let (image, quiesce) = (ImageId::random(), request.quiesce);
             daemon.take_checkpoint(vm.id, image, request.note, &quiesce, false, begin).await
         })
@@ -189,6 +190,7 @@ impl Daemon {
             frozen,
             joined: vm.joined.iter().map(|j| j.network).collect(),
             boot: vm.boot.clone(),
+            agent: vm.agent,
         };
         let on_record = self.put_on_record(&pager, record, &state, overlays).await;
         match &next {

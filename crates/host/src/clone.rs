@@ -34,6 +34,9 @@ use crate::{
     vms::{check_free, check_ttl},
 };
 
+/// How long an agent that has never answered may take to do so before a fork.
+const LATE_AGENT: Duration = Duration::from_secs(30);
+
 /// One clone that is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Planned {
@@ -122,7 +125,12 @@ impl Daemon {
 
     async fn fork_vm(self: &Arc<Self>, vm: &VmRecord, request: ForkRequest, begin: Instant) -> ApiResult<ForkResponse> {
         let image = ImageId::random();
-        let plan = self.plan(&Parent::of_vm(vm), &request.clones, image).await?;
+        let patience = match request.clones.options.allow_unseeded {
+            true => crate::guest::GLANCE,
+            false => Duration::from_secs(request.clones.wait_agent_s).clamp(crate::guest::CONNECT, LATE_AGENT),
+        };
+        let agent = self.look_for_agent(vm, patience).await;
+        let plan = self.plan(&Parent { agent, ..Parent::of_vm(vm) }, &request.clones, image).await?;
         let mut undo = Undo::new();
         let (daemon, call) = (self.clone(), plan.call.clone());
         undo.push("reserved clones", async move { daemon.drop_starting(&call).await });
@@ -253,6 +261,7 @@ impl Daemon {
             )
             .remedy("fork a VM nearer to the root, or start rametd with a higher --max-depth"));
         }
+        check_agent(parent, &request.options)?;
         check_ttl(request.ttl_s)?;
         self.leases.check(request.lease.as_deref())
     }
@@ -410,6 +419,7 @@ impl Daemon {
             disk: disk.clone(),
             network: self.offer_network(record.family),
             frozen: record.frozen,
+            agent: record.agent,
             boot: record.boot.as_ref().map(|b| PeerBoot {
                 kernel: b.kernel.clone(),
                 initrd: b.initrd.clone(),
@@ -554,6 +564,8 @@ pub(crate) struct Parent {
     /// Networks with a name that it has joined.
     pub(crate) joined: Vec<FamilyId>,
     pub(crate) boot: Option<BootFiles>,
+    /// Its agent has answered.
+    pub(crate) agent: bool,
 }
 
 impl Parent {
@@ -568,6 +580,7 @@ impl Parent {
             family: vm.family,
             joined: vm.joined.iter().map(|j| j.network).collect(),
             boot: vm.boot.clone(),
+            agent: vm.agent,
         }
     }
 
@@ -582,8 +595,27 @@ impl Parent {
             family: record.family,
             joined: record.joined.clone(),
             boot: record.boot.clone(),
+            agent: record.agent,
         }
     }
+}
+
+/// Refuses clones of a guest in which nobody can confirm that they are machines of their own.
+fn check_agent(parent: &Parent, options: &CloneOptions) -> ApiResult<()> {
+    if parent.agent || parent.guest != "linux" || options.allow_unseeded {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::AgentSilent,
+        format!(
+            "The agent of '{}' has not answered: its clones could not confirm that their random numbers are their own",
+            parent.name
+        ),
+    )
+    .remedy(
+        "wait until it has booted, or install ramet-agent in it; --allow-unseeded makes clones without an agent, which get \
+         their addresses by DHCP",
+    ))
 }
 
 /// Gives every clone its number, name and host. `taken`: names on other hosts.

@@ -29,7 +29,13 @@ use crate::{
 };
 
 /// How long a guest that has answered before may take for its handshake.
-const CONNECT: Duration = Duration::from_secs(5);
+pub(crate) const CONNECT: Duration = Duration::from_secs(5);
+
+/// How long one is looked for that may well not be there.
+pub(crate) const GLANCE: Duration = Duration::from_secs(2);
+
+/// How long a guest without the agent may take to let a network card go.
+const LET_GO: Duration = Duration::from_secs(60);
 
 /// How long a guest may take to boot anew.
 const REBOOT: Duration = Duration::from_secs(600);
@@ -238,6 +244,43 @@ impl Daemon {
         let why = answer.error.unwrap_or_else(|| "no reason given".to_owned());
         Err(ApiError::internal(format!("VM '{}' could not be released: {why}{}", vm.name, told(&answer.hooks)))
             .remedy("mend the hook in /etc/ramet/clone.d of the parent, or do without hooks (--no-hooks)"))
+    }
+
+    /// Whether a VM's agent has answered, or does so now. A guest of another kind than Linux needs none.
+    pub(crate) async fn look_for_agent(&self, vm: &VmRecord, limit: Duration) -> bool {
+        let known = || self.store.read(|s| s.vms.get(&vm.id).is_some_and(|vm| vm.agent));
+        if vm.guest != "linux" || known() {
+            return true;
+        }
+        let Some(running) = self.running(vm.id) else { return false };
+        let answers = self.agent(&running, &vm.name, limit).await.is_ok();
+        if answers {
+            self.store.amend(|s| {
+                if let Some(vm) = s.vms.get_mut(&vm.id) {
+                    vm.agent = true;
+                }
+            });
+        }
+        answers
+    }
+
+    /// Lets a clone go that has no agent: nobody in it can be told who it is. Its cards are replaced by new ones, with its
+    /// own MAC addresses, and a guest that asks for its address by DHCP then gets its own.
+    ///
+    /// # Errors
+    /// When the guest does not let its cards go: it has no network then.
+    pub(crate) async fn release_untold(&self, running: &Running) -> ApiResult<()> {
+        let vm = self.store.read(|s| s.vms.get(&running.id).cloned());
+        let vm = vm.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("VM {} was removed", running.id)))?;
+        tracing::warn!(vm = %vm.id, name = vm.name, "released without an agent, and without fresh entropy, as it was asked for");
+        for (index, (_, nic)) in (0..).zip(vm.nics()) {
+            let replaced = running.process.replace_nic(index, &nic.member.mac.to_string(), LET_GO).await;
+            replaced.map_err(|e| {
+                ApiError::failed("The guest has no agent, and did not let its network card go", e)
+                    .remedy("its kernel must know how to unplug PCI devices (CONFIG_HOTPLUG_PCI_ACPI), and have booted")
+            })?;
+        }
+        Ok(())
     }
 
     /// Introduces itself to a guest that may take long to boot; that it does not answer is no error.

@@ -213,6 +213,7 @@ impl Daemon {
             disk: None,
             frozen: request.frozen,
             joined: Vec::new(),
+            agent: request.agent,
             boot: request.boot.as_ref().map(|b| BootFiles {
                 kernel: b.kernel.clone(),
                 initrd: b.initrd.clone(),
@@ -494,6 +495,7 @@ mod tests {
             disk: None,
             network: None,
             frozen: false,
+            agent: true,
             boot: None,
             options: ramet_client::api::CloneOptions::default(),
         };

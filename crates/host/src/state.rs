@@ -313,6 +313,13 @@ pub struct CheckpointRecord {
     /// What its clones boot from when they boot anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<BootFiles>,
+    /// The agent of its VM had answered: that of its clones will.
+    #[serde(default = "yes")]
+    pub agent: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A family: it has a pager.
@@ -573,6 +580,7 @@ pub(crate) mod tests {
             frozen: false,
             joined: Vec::new(),
             boot: None,
+            agent: true,
         }
     }
 

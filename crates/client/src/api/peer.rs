@@ -165,6 +165,8 @@ pub struct PeerCloneRequest {
     /// Applications stand still in the checkpoint.
     #[serde(default)]
     pub frozen: bool,
+    /// The agent of the parent had answered.
+    pub agent: bool,
     /// What the clones boot from when they boot anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<PeerBoot>,
