@@ -3,7 +3,7 @@
 use std::{
     io,
     sync::{Arc, atomic::Ordering},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use ramet_client::{
@@ -126,7 +126,13 @@ impl Daemon {
     /// # Errors
     /// [`ErrorCode::AgentSilent`].
     pub(crate) async fn agent(&self, running: &Running, name: &str, limit: Duration) -> ApiResult<AgentClient> {
-        let mut agent = running.agent.lock().await;
+        // Somebody may be connecting to a guest that boots, with more patience.
+        let begin = Instant::now();
+        let Ok(mut agent) = tokio::time::timeout(limit, running.agent.lock()).await else {
+            let silent = AgentError::NoHello { limit };
+            return Err(agent_failed(name, &silent));
+        };
+        let limit = limit.saturating_sub(begin.elapsed());
         if let Some(client) = agent.as_ref().filter(|client| !client.is_closed()) {
             return Ok(client.as_ref().clone());
         }

@@ -157,7 +157,10 @@ impl Daemon {
             if before.flattening.load(Ordering::Acquire) {
                 let _ = before.process.stop_flattening().await;
             }
-            if let Some(agent) = before.agent.lock().await.take() {
+            // Who connects to it just now finds nobody.
+            if let Ok(mut agent) = before.agent.try_lock()
+                && let Some(agent) = agent.take()
+            {
                 agent.close();
             }
             before.process.quit().await.map_err(|e| failed("Its QEMU could not be ended", e))?;
