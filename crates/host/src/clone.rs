@@ -818,6 +818,18 @@ mod tests {
     }
 
     #[test]
+    fn clones_that_nobody_can_confirm_are_refused_unless_they_are_wanted() {
+        let (_, known) = state_with(&[]);
+        let silent = Parent { agent: false, guest: "linux".to_owned(), ..known };
+        let err = check_agent(&silent, &CloneOptions::default()).unwrap_err();
+        assert_eq!(err.code(), ErrorCode::AgentSilent);
+        assert!(err.to_string().contains("--allow-unseeded"), "{err}");
+        check_agent(&silent, &CloneOptions { allow_unseeded: true, ..CloneOptions::default() }).unwrap();
+        check_agent(&Parent { agent: true, ..silent.clone() }, &CloneOptions::default()).unwrap();
+        check_agent(&Parent { guest: "tiny".to_owned(), ..silent }, &CloneOptions::default()).unwrap();
+    }
+
+    #[test]
     fn all_clones_are_committed_or_none() {
         let (mut state, parent) = state_with(&["web"]);
         let image = ImageId::random();
