@@ -468,7 +468,7 @@ pub(crate) struct SpreadArgs {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_seconds)]
     pub(crate) hook_limit: u64,
     /// Release clones even when their kernels can't confirm that they took fresh entropy: their random numbers may then be
-    /// those of their siblings.
+    /// those of their siblings. Also of guests without the agent, which get another network card and need a DHCP client.
     #[arg(long)]
     pub(crate) allow_unseeded: bool,
     #[command(flatten)]

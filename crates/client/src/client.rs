@@ -66,7 +66,7 @@ pub(crate) fn quote(text: &str) -> String {
     out
 }
 
-fn empty() -> SendBody {
+pub(crate) fn empty() -> SendBody {
     Empty::new().map_err(|never| match never {}).boxed()
 }
 
@@ -551,7 +551,7 @@ impl Client {
         serde_json::from_slice(&bytes).map_err(|e| self.answer("JSON", e))
     }
 
-    async fn bytes(&self, body: Incoming) -> Result<Vec<u8>, Error> {
+    pub(crate) async fn bytes(&self, body: Incoming) -> Result<Vec<u8>, Error> {
         let body = http_body_util::Limited::new(body, MAX_ANSWER).collect().await.map_err(|e| self.broken(e))?;
         Ok(body.to_bytes().to_vec())
     }

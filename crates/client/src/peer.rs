@@ -7,7 +7,7 @@ use hyper::{
 
 use crate::{
     Client, Error, api,
-    client::{full, quote},
+    client::{empty, full, quote},
 };
 
 impl Client {
@@ -79,6 +79,16 @@ impl Client {
     /// [`Error`].
     pub async fn peer_abort(&self, lease: &str) -> Result<(), Error> {
         self.none(Method::DELETE, &format!("/v1/peer/leases/{}", quote(lease))).await
+    }
+
+    /// A file that VMs boot from, by its hash.
+    ///
+    /// # Errors
+    /// [`Error`]; there may be none.
+    pub async fn peer_boot(&self, hash: &str) -> Result<Vec<u8>, Error> {
+        let path = format!("/v1/peer/boot/{}", quote(hash));
+        let response = self.send(self.request(Method::GET, &path, empty())?).await?;
+        self.bytes(response.into_body()).await
     }
 
     /// Tells a peer who this host's members of a family are.

@@ -18,6 +18,7 @@ use crate::{
     config::Config,
     error::{ApiError, ApiResult},
     names::shown,
+    state::BootFiles,
 };
 
 /// Most pre-started QEMUs, of all shapes.
@@ -276,6 +277,8 @@ pub struct BootImage {
     pub cmdline: String,
     /// The root disk.
     pub disk: Option<GoldenDisk>,
+    /// Kernel and initial RAM file system by their contents.
+    pub files: BootFiles,
 }
 
 /// An image's disk.
@@ -314,6 +317,31 @@ pub async fn find_disk(store: &Arc<ImageStore>, image: &str, hash: &str) -> ApiR
         .map_err(|e| ApiError::failed("Failed to list images", e))
 }
 
+/// The kernel or initial file system with these contents, of any image.
+///
+/// # Errors
+/// When images can't be listed.
+pub async fn find_boot_file(store: &Arc<ImageStore>, hash: &str) -> ApiResult<Option<PathBuf>> {
+    let (images, hash) = (store.clone(), hash.to_owned());
+    let find = move || -> anyhow::Result<Option<PathBuf>> {
+        let of = |image: &ramet_image::Image| {
+            let (kernel, initrd) = (&image.manifest.kernel, image.manifest.initrd.as_ref());
+            let is_initrd = initrd.is_some_and(|f| f.xxh3 == hash);
+            if kernel.xxh3 == hash { Some(image.kernel()) } else { is_initrd.then(|| image.initrd()).flatten() }
+        };
+        let has = |m: &ramet_image::Manifest| {
+            m.kernel.xxh3 == hash || m.initrd.as_ref().is_some_and(|initrd| initrd.xxh3 == hash)
+        };
+        let found = images.list()?.into_iter().filter(has);
+        // Loading holds them against their hashes.
+        Ok(found.filter_map(|m| of(&images.load(&m.name).ok()?)).next())
+    };
+    let found = tokio::task::spawn_blocking(find).await;
+    found
+        .map_err(|e| ApiError::internal(format!("Looking for a kernel broke: {e}")))?
+        .map_err(|e| ApiError::failed("Failed to list images", e))
+}
+
 /// Looks an image up, and checks that its files are whole.
 ///
 /// # Errors
@@ -337,6 +365,11 @@ pub async fn load_image(store: &Arc<ImageStore>, name: &str) -> ApiResult<BootIm
         kernel: image.kernel(),
         initrd: image.initrd(),
         disk: golden_disk(&image),
+        files: BootFiles {
+            kernel: image.manifest.kernel.xxh3.clone(),
+            initrd: image.manifest.initrd.as_ref().map(|f| f.xxh3.clone()),
+            cmdline: image.manifest.cmdline.clone(),
+        },
         cmdline: image.manifest.cmdline,
     })
 }

@@ -73,6 +73,7 @@ impl Daemon {
         let vm = self.find_vm(wanted)?;
         let daemon = self.clone();
         let taken = to_the_end(async move {
+            daemon.look_for_agent(&vm, crate::guest::GLANCE).await;
             let (image, quiesce) = (ImageId::random(), request.quiesce);
             daemon.take_checkpoint(vm.id, image, request.note, &quiesce, false, begin).await
         })
@@ -96,14 +97,12 @@ impl Daemon {
     ) -> ApiResult<Taken> {
         let find = |d: &Self| d.store.read(|s| s.vms.get(&id).cloned());
         let gone = || ApiError::new(ErrorCode::NotFound, format!("VM {id} has gone"));
-        let running = self.running(id);
-        let Some(running) = running else {
+        let Some((running, _busy)) = self.hold(id).await else {
             return Err(match find(self) {
                 Some(vm) => not_running(&vm),
                 None => gone(),
             });
         };
-        let _busy = running.busy.lock().await;
         let mut clock = Clock::new(begin);
         let vm = find(self).ok_or_else(gone)?;
         if vm.state != VmState::Running {
@@ -190,6 +189,8 @@ impl Daemon {
             disk: vm.disk.as_ref().map(|disk| self.freeze_disk(vm.family, disk, overlays)),
             frozen,
             joined: vm.joined.iter().map(|j| j.network).collect(),
+            boot: vm.boot.clone(),
+            agent: vm.agent,
         };
         let on_record = self.put_on_record(&pager, record, &state, overlays).await;
         match &next {

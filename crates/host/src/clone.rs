@@ -18,7 +18,7 @@ use std::{
 
 use ramet_client::api::{
     CloneFailure, CloneOptions, CloneRequest, CloneResponse, CloneResult, ErrorCode, ForkRequest, ForkResponse,
-    MemberNumber, PeerClone, PeerCommit, PeerDisk, VmState,
+    MemberNumber, PeerBoot, PeerClone, PeerCommit, PeerDisk, VmState,
 };
 use ramet_memory::{FamilyId, ImageId, VmId};
 
@@ -28,11 +28,14 @@ use crate::{
     local::{LocalClone, NewClone},
     memory::needed_by_clones,
     names::{check_vm_name, default_clone_name, shown},
-    state::{CheckpointRecord, Joined, State, VmNic, VmRecord, now_unix_ms},
+    state::{BootFiles, CheckpointRecord, Joined, State, VmNic, VmRecord, now_unix_ms},
     stats::us,
     undo::Undo,
     vms::{check_free, check_ttl},
 };
+
+/// How long an agent that has never answered may take to do so before a fork.
+const LATE_AGENT: Duration = Duration::from_secs(30);
 
 /// One clone that is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,7 +125,12 @@ impl Daemon {
 
     async fn fork_vm(self: &Arc<Self>, vm: &VmRecord, request: ForkRequest, begin: Instant) -> ApiResult<ForkResponse> {
         let image = ImageId::random();
-        let plan = self.plan(&Parent::of_vm(vm), &request.clones, image).await?;
+        let patience = match request.clones.options.allow_unseeded {
+            true => crate::guest::GLANCE,
+            false => Duration::from_secs(request.clones.wait_agent_s).clamp(crate::guest::CONNECT, LATE_AGENT),
+        };
+        let agent = self.look_for_agent(vm, patience).await;
+        let plan = self.plan(&Parent { agent, ..Parent::of_vm(vm) }, &request.clones, image).await?;
         let mut undo = Undo::new();
         let (daemon, call) = (self.clone(), plan.call.clone());
         undo.push("reserved clones", async move { daemon.drop_starting(&call).await });
@@ -253,6 +261,7 @@ impl Daemon {
             )
             .remedy("fork a VM nearer to the root, or start rametd with a higher --max-depth"));
         }
+        check_agent(parent, &request.options)?;
         check_ttl(request.ttl_s)?;
         self.leases.check(request.lease.as_deref())
     }
@@ -410,6 +419,12 @@ impl Daemon {
             disk: disk.clone(),
             network: self.offer_network(record.family),
             frozen: record.frozen,
+            agent: record.agent,
+            boot: record.boot.as_ref().map(|b| PeerBoot {
+                kernel: b.kernel.clone(),
+                initrd: b.initrd.clone(),
+                cmdline: b.cmdline.clone(),
+            }),
             options: terms.options.clone(),
         }
     }
@@ -548,6 +563,9 @@ pub(crate) struct Parent {
     pub(crate) family: ramet_memory::FamilyId,
     /// Networks with a name that it has joined.
     pub(crate) joined: Vec<FamilyId>,
+    pub(crate) boot: Option<BootFiles>,
+    /// Its agent has answered.
+    pub(crate) agent: bool,
 }
 
 impl Parent {
@@ -561,6 +579,8 @@ impl Parent {
             spec: vm.spec.clone(),
             family: vm.family,
             joined: vm.joined.iter().map(|j| j.network).collect(),
+            boot: vm.boot.clone(),
+            agent: vm.agent,
         }
     }
 
@@ -574,8 +594,28 @@ impl Parent {
             spec: record.spec.clone(),
             family: record.family,
             joined: record.joined.clone(),
+            boot: record.boot.clone(),
+            agent: record.agent,
         }
     }
+}
+
+/// Refuses clones of a guest in which nobody can confirm that they are machines of their own.
+fn check_agent(parent: &Parent, options: &CloneOptions) -> ApiResult<()> {
+    if parent.agent || parent.guest != "linux" || options.allow_unseeded {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::AgentSilent,
+        format!(
+            "The agent of '{}' has not answered: its clones could not confirm that their random numbers are their own",
+            parent.name
+        ),
+    )
+    .remedy(
+        "wait until it has booted, or install ramet-agent in it; --allow-unseeded makes clones without an agent, which get \
+         their addresses by DHCP",
+    ))
 }
 
 /// Gives every clone its number, name and host. `taken`: names on other hosts.
@@ -665,6 +705,8 @@ pub(crate) fn reserve(
             nic: clone.nic.clone(),
             published: Vec::new(),
             joined: clone.joined.clone(),
+            boot: parent.boot.clone(),
+            rebooting: false,
         };
         state.vms.insert(id, record);
     }
@@ -773,6 +815,18 @@ mod tests {
         wish.names = vec!["web-c1".to_owned()];
         let plan = assign(&state, &parent, &wish, &hosts(&["h1"]), "h1", &[]).unwrap();
         assert_eq!(plan[1].name, "web-c2");
+    }
+
+    #[test]
+    fn clones_that_nobody_can_confirm_are_refused_unless_they_are_wanted() {
+        let (_, known) = state_with(&[]);
+        let silent = Parent { agent: false, guest: "linux".to_owned(), ..known };
+        let err = check_agent(&silent, &CloneOptions::default()).unwrap_err();
+        assert_eq!(err.code(), ErrorCode::AgentSilent);
+        assert!(err.to_string().contains("--allow-unseeded"), "{err}");
+        check_agent(&silent, &CloneOptions { allow_unseeded: true, ..CloneOptions::default() }).unwrap();
+        check_agent(&Parent { agent: true, ..silent.clone() }, &CloneOptions::default()).unwrap();
+        check_agent(&Parent { guest: "tiny".to_owned(), ..silent }, &CloneOptions::default()).unwrap();
     }
 
     #[test]

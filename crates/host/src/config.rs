@@ -117,6 +117,11 @@ impl Config {
     pub fn checkpoints(&self) -> PathBuf {
         self.state_dir.join("checkpoints")
     }
+    /// What clones boot from whose image is on other hosts only.
+    #[must_use]
+    pub fn boot_files(&self) -> PathBuf {
+        self.state_dir.join("boot")
+    }
     /// Certificates and keys.
     #[must_use]
     pub fn tls(&self) -> PathBuf {

@@ -170,6 +170,16 @@ impl Daemon {
         disk: &VmDisk,
     ) -> ApiResult<()> {
         self.make_overlay(family, disk.active, disk.frozen.size).await?;
+        self.attach_chain(process, family, disk).await
+    }
+
+    /// The same where its overlay is there.
+    pub(crate) async fn attach_chain(
+        &self,
+        process: &Arc<dyn VmProcess>,
+        family: FamilyId,
+        disk: &VmDisk,
+    ) -> ApiResult<()> {
         let chain = self.chain(family, disk).await?;
         let failed = |e| ApiError::failed("The disk can't be attached", anyhow::Error::from(e));
         process.attach_disk(&chain).await.map_err(failed)?;

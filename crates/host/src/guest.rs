@@ -3,7 +3,7 @@
 use std::{
     io,
     sync::{Arc, atomic::Ordering},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use ramet_client::{
@@ -29,7 +29,13 @@ use crate::{
 };
 
 /// How long a guest that has answered before may take for its handshake.
-const CONNECT: Duration = Duration::from_secs(5);
+pub(crate) const CONNECT: Duration = Duration::from_secs(5);
+
+/// How long one is looked for that may well not be there.
+pub(crate) const GLANCE: Duration = Duration::from_secs(2);
+
+/// How long a guest without the agent may take to let a network card go.
+const LET_GO: Duration = Duration::from_secs(60);
 
 /// How long a guest may take to boot anew.
 const REBOOT: Duration = Duration::from_secs(600);
@@ -120,7 +126,13 @@ impl Daemon {
     /// # Errors
     /// [`ErrorCode::AgentSilent`].
     pub(crate) async fn agent(&self, running: &Running, name: &str, limit: Duration) -> ApiResult<AgentClient> {
-        let mut agent = running.agent.lock().await;
+        // Somebody may be connecting to a guest that boots, with more patience.
+        let begin = Instant::now();
+        let Ok(mut agent) = tokio::time::timeout(limit, running.agent.lock()).await else {
+            let silent = AgentError::NoHello { limit };
+            return Err(agent_failed(name, &silent));
+        };
+        let limit = limit.saturating_sub(begin.elapsed());
         if let Some(client) = agent.as_ref().filter(|client| !client.is_closed()) {
             return Ok(client.as_ref().clone());
         }
@@ -142,7 +154,7 @@ impl Daemon {
         let mut entropy = [0; 64];
         getrandom::fill(&mut entropy)
             .map_err(|e| ApiError::internal(format!("No random numbers for '{}': {e}", vm.name)))?;
-        let clone = vm.checkpoint.is_some();
+        let clone = vm.is_clone();
         // A guest on a disk is a machine of its own; one in memory alone has no such names.
         let somebody = vm.disk.is_some() || vm.nics().next().is_some();
         let identity = Identity {
@@ -240,12 +252,49 @@ impl Daemon {
             .remedy("mend the hook in /etc/ramet/clone.d of the parent, or do without hooks (--no-hooks)"))
     }
 
+    /// Whether a VM's agent has answered, or does so now. A guest of another kind than Linux needs none.
+    pub(crate) async fn look_for_agent(&self, vm: &VmRecord, limit: Duration) -> bool {
+        let known = || self.store.read(|s| s.vms.get(&vm.id).is_some_and(|vm| vm.agent));
+        if vm.guest != "linux" || known() {
+            return true;
+        }
+        let Some(running) = self.running(vm.id) else { return false };
+        let answers = self.agent(&running, &vm.name, limit).await.is_ok();
+        if answers {
+            self.store.amend(|s| {
+                if let Some(vm) = s.vms.get_mut(&vm.id) {
+                    vm.agent = true;
+                }
+            });
+        }
+        answers
+    }
+
+    /// Lets a clone go that has no agent: nobody in it can be told who it is. Its cards are replaced by new ones, with its
+    /// own MAC addresses, and a guest that asks for its address by DHCP then gets its own.
+    ///
+    /// # Errors
+    /// When the guest does not let its cards go: it has no network then.
+    pub(crate) async fn release_untold(&self, running: &Running) -> ApiResult<()> {
+        let vm = self.store.read(|s| s.vms.get(&running.id).cloned());
+        let vm = vm.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("VM {} was removed", running.id)))?;
+        tracing::warn!(vm = %vm.id, name = vm.name, "released without an agent, and without fresh entropy, as it was asked for");
+        for (index, (_, nic)) in (0..).zip(vm.nics()) {
+            let replaced = running.process.replace_nic(index, &nic.member.mac.to_string(), LET_GO).await;
+            replaced.map_err(|e| {
+                ApiError::failed("The guest has no agent, and did not let its network card go", e)
+                    .remedy("its kernel must know how to unplug PCI devices (CONFIG_HOTPLUG_PCI_ACPI), and have booted")
+            })?;
+        }
+        Ok(())
+    }
+
     /// Introduces itself to a guest that may take long to boot; that it does not answer is no error.
     pub(crate) async fn greet(&self, running: &Running, limit: Duration, options: &CloneOptions) {
         if limit.is_zero() {
             return;
         }
-        let clone = self.store.read(|s| s.vms.get(&running.id).is_some_and(|vm| vm.checkpoint.is_some()));
+        let clone = self.store.read(|s| s.vms.get(&running.id).is_some_and(VmRecord::is_clone));
         let greeted = match clone {
             true => self.settle_in(running, limit, options, &mut |_| {}).await,
             false => self.introduce(running, limit, options).await,

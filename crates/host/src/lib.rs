@@ -11,6 +11,7 @@
 //! | [`colors`] | what each page of a checkpoint is: made behind it, kept, sent along |
 //! | [`clone`], [`local`], [`remote`] | forks: plan, make (here, on other hosts), commit or undo |
 //! | `prepared` | clones of a checkpoint that are loaded before anybody asks for them |
+//! | `reboot` | clones that boot anew: another QEMU, with the kernel of their image or of another host's |
 //! | `disks` | overlays over golden images: frozen at checkpoints, served to other hosts, merged, removed |
 //! | `nets` | families' private networks: addresses, taps, published ports, what other hosts are told |
 //! | [`leases`] | VMs that live as long as a connection |
@@ -43,6 +44,7 @@ mod nets;
 pub mod pagers;
 pub mod peers;
 mod prepared;
+mod reboot;
 pub mod recover;
 pub mod remote;
 pub mod state;

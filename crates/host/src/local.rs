@@ -99,7 +99,8 @@ impl Daemon {
         let pager = self.pager(record.family).await.map_err(|e| vec![e])?;
         // One that waits for no sibling goes on at once. A serial port would take the first question before its state is
         // loaded, and lose it.
-        let at_once = clones.len() == 1 && record.spec.agent == AgentPort::VirtioSerial;
+        let told = record.agent || record.guest != "linux";
+        let at_once = clones.len() == 1 && record.spec.agent == AgentPort::VirtioSerial && told;
         let loaded = all(clones.into_iter().map(|clone| {
             let (daemon, record, state, pager) = (self.clone(), record.clone(), state.clone(), pager.clone());
             async move {
@@ -117,7 +118,7 @@ impl Daemon {
         // All are ready: now they go on together.
         let gone_on = all(loaded.into_iter().map(|loaded| {
             let (daemon, terms) = (self.clone(), terms.clone());
-            async move { daemon.go_on(loaded, &terms, begin).await }
+            async move { daemon.go_on(loaded, &terms, told, begin).await }
         }))
         .await;
         let made = all_or_errors(gone_on)?;
@@ -159,7 +160,7 @@ impl Daemon {
         let attach = self.attach(&running, &vm, pager, View::Image(record.id));
         let parts = async {
             let begin = Instant::now();
-            self.give_parts(&running, false).await?;
+            self.give_parts(&running, true, false).await?;
             let took = begin.elapsed();
             // Not before: it makes the disk active, and what is attached to an active device must be, too.
             if at_once.is_some() {
@@ -217,13 +218,20 @@ impl Daemon {
         Ok(Loaded { clone, running, agent, runs: false, warm: true, prepared: true, clock })
     }
 
-    async fn go_on(self: &Arc<Self>, loaded: Loaded, terms: &Terms, begin: Instant) -> ApiResult<LocalClone> {
+    /// `told`: its agent is told who it is.
+    async fn go_on(
+        self: &Arc<Self>,
+        loaded: Loaded,
+        terms: &Terms,
+        told: bool,
+        begin: Instant,
+    ) -> ApiResult<LocalClone> {
         let (wait_agent, options) = (terms.wait_agent, &terms.options);
         let Loaded { clone, running, agent, runs, warm, prepared, mut clock } = loaded;
         let context = format!("Clone '{}'", clone.name);
         clock.lap("wait");
         // The first question waits in the port when the CPUs start.
-        let agent = agent.ask(wait_agent);
+        let agent = if told { agent.ask(wait_agent) } else { FirstQuestion::None };
         let late = if runs {
             Duration::ZERO
         } else {
@@ -234,7 +242,20 @@ impl Daemon {
         clock.lap("continue");
         let running_us = us(begin.elapsed().saturating_sub(late));
         let (mut answered_us, mut ready_us) = (None, None);
-        if wait_agent.is_zero() {
+        if !told {
+            if wait_agent.is_zero() {
+                let (daemon, running) = (self.clone(), running.clone());
+                tokio::spawn(async move {
+                    if let Err(err) = daemon.release_untold(&running).await {
+                        tracing::warn!(vm = %running.id, "{err}");
+                    }
+                });
+            } else {
+                self.release_untold(&running).await.map_err(|e| e.context(&context))?;
+                clock.lap("cards");
+                ready_us = Some(us(begin.elapsed()));
+            }
+        } else if wait_agent.is_zero() {
             let (daemon, running, options) = (self.clone(), running.clone(), options.clone());
             tokio::spawn(async move { daemon.greet(&running, Duration::from_secs(60), &options).await });
         } else {

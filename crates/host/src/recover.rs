@@ -103,6 +103,12 @@ impl Daemon {
             self.end_vm(vm.id).await;
             return;
         }
+        if vm.rebooting {
+            self.arm_ttl(vm.id);
+            let daemon = self.clone();
+            tokio::spawn(async move { daemon.boot_on(vm.id).await });
+            return;
+        }
         // The daemon before may have died in the middle of a checkpoint.
         if let Some(pager) = self.pagers.get(vm.family) {
             let _ = pager.control.checkpoint_abort(vm.id).await;
@@ -298,6 +304,7 @@ impl Daemon {
                 let _ = fs::remove_dir_all(&path);
             }
         }
+        self.sweep_boot_files();
         let of = |&image: &ImageId| [self.state_file(image), self.colors_file(image)];
         let states: BTreeSet<_> = self.store.read(|s| s.checkpoints.keys().flat_map(of).collect());
         for path in entries(&self.config.checkpoints()) {

@@ -26,7 +26,7 @@ use crate::{
     error::{ApiError, ApiResult, from_peer},
     local::LocalClone,
     names::check_vm_name,
-    state::{CheckpointRecord, now_unix_ms},
+    state::{BootFiles, CheckpointRecord, now_unix_ms},
     stats::{Clock, us},
     vms::{check_free, check_ttl},
 };
@@ -213,6 +213,12 @@ impl Daemon {
             disk: None,
             frozen: request.frozen,
             joined: Vec::new(),
+            agent: request.agent,
+            boot: request.boot.as_ref().map(|b| BootFiles {
+                kernel: b.kernel.clone(),
+                initrd: b.initrd.clone(),
+                cmdline: b.cmdline.clone(),
+            }),
         };
         if record.spec.disk.is_some() != request.disk.is_some() || (record.spec.nics > 0) != request.network.is_some() {
             return Err(ApiError::new(ErrorCode::BadRequest, "The checkpoint's machine and its parts don't fit"));
@@ -489,6 +495,8 @@ mod tests {
             disk: None,
             network: None,
             frozen: false,
+            agent: true,
+            boot: None,
             options: ramet_client::api::CloneOptions::default(),
         };
         let whole = body(&request, b"descriptor");

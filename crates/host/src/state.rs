@@ -53,7 +53,7 @@ pub struct VmRecord {
     /// The VM it is a clone of.
     #[serde(default)]
     pub parent: Option<VmId>,
-    /// The checkpoint it is a clone of.
+    /// The checkpoint it is a clone of; none: it was booted, or has booted anew since.
     #[serde(default)]
     pub checkpoint: Option<ImageId>,
     /// Its newest checkpoint, or else the one it is a clone of.
@@ -95,6 +95,31 @@ pub struct VmRecord {
     /// Its places in networks with a name, card by card after that of its family.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub joined: Vec<Joined>,
+    /// What it boots from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootFiles>,
+    /// It boots anew, and its QEMU is being replaced by one that can.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub rebooting: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// What a VM was booted from, known by its contents: a clone has none of it until it boots anew, and may be on a host that
+/// has not the image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootFiles {
+    /// The hash of the kernel.
+    pub kernel: String,
+    /// That of its initial file system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<String>,
+    /// The whole command line.
+    pub cmdline: String,
 }
 
 /// A VM's place in a network with a name.
@@ -252,6 +277,18 @@ impl VmRecord {
         own.into_iter().chain(self.joined.iter().map(|j| (j.network, &j.nic)))
     }
 
+    /// Whether it was forked, and not booted.
+    #[must_use]
+    pub fn is_clone(&self) -> bool {
+        self.parent.is_some()
+    }
+
+    /// Whether its QEMU was started with the state of a checkpoint, and has no kernel.
+    #[must_use]
+    pub fn was_loaded(&self) -> bool {
+        self.checkpoint.is_some()
+    }
+
     /// Whether it has, or should have, a QEMU.
     #[must_use]
     pub fn alive(&self) -> bool {
@@ -310,6 +347,16 @@ pub struct CheckpointRecord {
     /// Networks with a name that its clones join.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub joined: Vec<FamilyId>,
+    /// What its clones boot from when they boot anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootFiles>,
+    /// The agent of its VM had answered: that of its clones will.
+    #[serde(default = "yes")]
+    pub agent: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A family: it has a pager.
@@ -531,6 +578,8 @@ pub(crate) mod tests {
             nic: None,
             published: Vec::new(),
             joined: Vec::new(),
+            boot: None,
+            rebooting: false,
         }
     }
 
@@ -567,6 +616,8 @@ pub(crate) mod tests {
             disk: None,
             frozen: false,
             joined: Vec::new(),
+            boot: None,
+            agent: true,
         }
     }
 

@@ -21,13 +21,12 @@ use ramet_vmm::{Boot, VmProcess};
 
 use crate::{
     backend,
-    checkpoints::busy,
     daemon::{Daemon, all, to_the_end, within},
     error::{ApiError, ApiResult},
     memory::needed_by_root,
     names::{check_vm_name, default_clone_name, shown},
     peers::ask,
-    state::{FamilyRecord, FrozenDisk, Golden, VmDisk, VmRecord, now_unix_ms},
+    state::{BootFiles, FamilyRecord, FrozenDisk, Golden, VmDisk, VmRecord, now_unix_ms},
     stats::{Clock, lock},
 };
 
@@ -45,7 +44,7 @@ pub struct Running {
     /// Its VMM.
     pub process: Arc<dyn VmProcess>,
     /// Held by whoever checkpoints or stops it, or removes a checkpoint of it: the next one may be taken over that.
-    pub busy: tokio::sync::Mutex<()>,
+    pub busy: Arc<tokio::sync::Mutex<()>>,
     pub(crate) agent: tokio::sync::Mutex<Option<Arc<AgentClient>>>,
     pub(crate) console: Arc<AtomicBool>,
     /// Its end is wanted: no crash.
@@ -100,7 +99,7 @@ impl Daemon {
         spec.nics = u8::from(egress.is_some()).saturating_add(u8::try_from(request.join.len()).unwrap_or(u8::MAX));
         spec.check().map_err(|e| ApiError::new(ErrorCode::BadRequest, e.to_string()))?;
         let id = VmId::random();
-        let name = self.reserve_root(id, &request, &image.guest, &spec, disk, egress)?;
+        let name = self.reserve_root(id, &request, &image, &spec, disk, egress)?;
         let booted = async {
             self.check_memory(&format!("VM '{name}'"), needed_by_root(request.memory))?;
             let dir = self.config.vms().join(id.to_string());
@@ -108,15 +107,12 @@ impl Daemon {
             self.store.amend(|s| {
                 s.vms.entry(id).and_modify(|vm| vm.dir.clone_from(&dir));
             });
-            let cmdline = match &request.append {
-                Some(more) => format!("{} {more}", image.cmdline),
-                None => image.cmdline.clone(),
-            };
+            let cmdline = cmdline(&request, &image);
             let boot = Boot::Kernel { kernel: image.kernel.clone(), initrd: image.initrd.clone(), cmdline };
             let process = self.vmm.launch(&spec, boot, &dir).await;
             let process = process.map_err(|e| ApiError::failed(format!("Failed to start VM '{name}'"), e))?;
             let running = self.adopt(id, Arc::from(process));
-            self.give_parts(&running, true).await?;
+            self.give_parts(&running, true, true).await?;
             backend::cont(&running.process).await?;
             self.store.update(|s| -> ApiResult<()> {
                 let vm = s.vms.get_mut(&id).ok_or_else(|| ApiError::internal(format!("VM '{name}' was removed")))?;
@@ -194,13 +190,14 @@ impl Daemon {
         Ok(())
     }
 
-    /// Gives a VM that does not run yet its disk and its network card, both as they are on record. `link`: the card's cable
-    /// is plugged in from the beginning.
-    pub(crate) async fn give_parts(self: &Arc<Self>, running: &Running, link: bool) -> ApiResult<()> {
+    /// Gives a VM that does not run yet its disk and its network card, both as they are on record. `new`: the overlay that
+    /// it writes to is not there yet. `link`: the card's cable is plugged in from the beginning.
+    pub(crate) async fn give_parts(self: &Arc<Self>, running: &Running, new: bool, link: bool) -> ApiResult<()> {
         let vm = self.store.read(|s| s.vms.get(&running.id).cloned());
         let vm = vm.ok_or_else(|| ApiError::internal("it was removed while it was made"))?;
         let disk = async {
             match &vm.disk {
+                Some(disk) if !new => self.attach_chain(&running.process, vm.family, disk).await,
                 Some(disk) => {
                     let attached = self.attach_disk(&running.process, vm.family, disk).await;
                     // It is on record.
@@ -283,7 +280,7 @@ impl Daemon {
         &self,
         id: VmId,
         request: &RunRequest,
-        guest: &str,
+        image: &backend::BootImage,
         spec: &ramet_vmm::MachineSpec,
         disk: Option<VmDisk>,
         egress: Option<ramet_net::Egress>,
@@ -305,7 +302,7 @@ impl Daemon {
                 state: VmState::Starting,
                 reason: None,
                 image: request.image.clone(),
-                guest: guest.to_owned(),
+                guest: image.guest.clone(),
                 spec: spec.clone(),
                 family,
                 parent: None,
@@ -324,6 +321,8 @@ impl Daemon {
                 nic: None,
                 published: crate::nets::published(&request.publish),
                 joined: self.join_named(s, &request.join)?,
+                boot: Some(BootFiles { cmdline: cmdline(request, image), ..image.files.clone() }),
+                rebooting: false,
             };
             s.vms.insert(id, record);
             if let Some(egress) = egress {
@@ -349,10 +348,20 @@ impl Daemon {
 
     /// Takes a VMM's process into care: from now on its death is noticed.
     pub(crate) fn adopt(self: &Arc<Self>, id: VmId, process: Arc<dyn VmProcess>) -> Arc<Running> {
+        self.adopt_held(id, process, Arc::default())
+    }
+
+    /// The same in the place of another process of this VM, which somebody holds by `busy`.
+    pub(crate) fn adopt_held(
+        self: &Arc<Self>,
+        id: VmId,
+        process: Arc<dyn VmProcess>,
+        busy: Arc<tokio::sync::Mutex<()>>,
+    ) -> Arc<Running> {
         let running = Arc::new(Running {
             id,
             process,
-            busy: tokio::sync::Mutex::default(),
+            busy,
             agent: tokio::sync::Mutex::default(),
             console: Arc::default(),
             ending: AtomicBool::new(false),
@@ -377,7 +386,24 @@ impl Daemon {
         running
     }
 
-    /// Tells a guest that boots anew who it is, for as long as its QEMU lives.
+    /// Holds a VM that runs: none has, or takes, a checkpoint of it, stops it, or boots it anew.
+    pub(crate) async fn hold(&self, id: VmId) -> Option<(Arc<Running>, tokio::sync::OwnedMutexGuard<()>)> {
+        loop {
+            let running = self.running(id)?;
+            let held = running.busy.clone().lock_owned().await;
+            // It may have got another QEMU meanwhile.
+            if self.is_current(&running) {
+                return Some((running, held));
+            }
+        }
+    }
+
+    /// Whether this is still the VM's process.
+    pub(crate) fn is_current(&self, running: &Arc<Running>) -> bool {
+        self.running(running.id).is_some_and(|now| Arc::ptr_eq(&now, running))
+    }
+
+    /// Tells a guest that boots anew who it is, for as long as its QEMU lives. One whose QEMU can't boot gets another.
     async fn watch_resets(self: Arc<Self>, running: Arc<Running>) {
         loop {
             tokio::select! {
@@ -385,6 +411,9 @@ impl Daemon {
                 _ = running.process.wait_exit() => return,
             }
             tracing::info!(vm = %running.id, "the guest boots anew");
+            if self.store.read(|s| s.vms.get(&running.id).is_some_and(VmRecord::was_loaded)) {
+                return self.boot_anew(running).await;
+            }
             let (daemon, running) = (self.clone(), running.clone());
             tokio::spawn(async move { daemon.greet_again(&running).await });
         }
@@ -509,8 +538,7 @@ impl Daemon {
     }
 
     async fn halt(self: &Arc<Self>, id: VmId, grace: Duration) {
-        let running = self.running(id);
-        let _busy = busy(running.as_ref()).await;
+        let (running, _busy) = self.hold(id).await.unzip();
         // Without a process it is ended or half-made, or it does not answer since this daemon was started.
         let state = self.store.read(|s| s.vms.get(&id).filter(|vm| vm.alive()).map(|vm| vm.state));
         if state.is_none() || (running.is_none() && state != Some(VmState::Running)) {
@@ -756,6 +784,14 @@ impl Daemon {
         self.sweep_lost_disks();
         let _ = fs::remove_dir_all(self.config.checkpoints());
         tracing::info!(ms = begin.elapsed().as_millis(), "all VMs and pagers have ended");
+    }
+}
+
+/// The command line of a VM that is asked for.
+fn cmdline(request: &RunRequest, image: &backend::BootImage) -> String {
+    match &request.append {
+        Some(more) => format!("{} {more}", image.cmdline),
+        None => image.cmdline.clone(),
     }
 }
 

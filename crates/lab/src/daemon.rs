@@ -39,7 +39,7 @@ pub(crate) fn spawn(record: &LabRecord, host: &HostRecord) -> Result<Child> {
         .arg("--listen")
         .arg(format!("{}:{PORT}", host.address))
         .arg("--image-dir")
-        .arg(&record.image_dir)
+        .arg(host.image_dir.as_ref().unwrap_or(&record.image_dir))
         .arg("--disk-dir")
         .arg(host.state_dir.join("disks"));
     if let Some(group) = &record.group {

@@ -91,6 +91,8 @@ pub struct LabOptions {
     pub bin_dir: PathBuf,
     /// Directory of the guest images.
     pub image_dir: PathBuf,
+    /// Hosts, by number, that have a directory of images of their own, which is empty.
+    pub without_images: Vec<u8>,
     /// Group that may use the daemons' sockets.
     pub group: Option<String>,
     /// Further arguments of every `rametd`.
@@ -130,6 +132,7 @@ impl LabOptions {
             delay: None,
             bin_dir,
             image_dir,
+            without_images: Vec::new(),
             group: None,
             daemon_args: Vec::new(),
             ephemeral: false,
@@ -152,6 +155,13 @@ impl LabOptions {
     #[must_use]
     pub fn hosts(mut self, hosts: u8) -> Self {
         self.hosts = hosts;
+        self
+    }
+
+    /// The same, but this host has no guest images.
+    #[must_use]
+    pub fn without_images(mut self, host: u8) -> Self {
+        self.without_images.push(host);
         self
     }
 

@@ -31,6 +31,9 @@ pub struct HostRecord {
     pub socket: PathBuf,
     /// What its daemon prints.
     pub log: PathBuf,
+    /// Its directory of guest images, where that is not the lab's.
+    #[serde(default)]
+    pub image_dir: Option<PathBuf>,
     /// Its daemon; none: not started yet.
     pub(crate) daemon: Option<Stamp>,
 }
@@ -79,6 +82,11 @@ fn subnet(name: &str) -> u8 {
     u8::try_from(hash % 254 + 1).unwrap_or(1)
 }
 
+/// Where a host has its images that has none at first.
+fn own_images(dir: &Path, number: u8) -> PathBuf {
+    dir.join(format!("h{number}-images"))
+}
+
 impl LabRecord {
     pub(crate) fn new(options: &LabOptions) -> Result<Self> {
         let name = &options.name;
@@ -93,6 +101,7 @@ impl LabRecord {
                 log: dir.join(format!("{host}.log")),
                 state_dir,
                 name: host,
+                image_dir: options.without_images.contains(&number).then(|| own_images(&dir, number)),
                 daemon: None,
             }
         };

@@ -4,7 +4,7 @@
 mod support;
 
 use ramet_client::{Client, api};
-use ramet_lab::Lab;
+use ramet_lab::{Lab, LabOptions};
 use std::collections::BTreeSet;
 use support::*;
 
@@ -73,7 +73,9 @@ fn frozen(count: u32, hosts: &[&str]) -> api::ForkRequest {
 /// One boot for all of it: booting is what takes time.
 #[tokio::test]
 async fn clones_are_machines_of_their_own() {
-    let lab = lab("identity", 2).await;
+    // The other host has not the image: what it needs of it comes from the first.
+    let options = LabOptions::for_test("identity").unwrap().hosts(2).without_images(2);
+    let lab = Lab::up(&options.daemon_arg("--pool").daemon_arg("0")).await.unwrap();
     let (home, away) = (lab.client(1), lab.client(2));
     let parent = run_web(&home, "web").await;
     // A sibling to talk with, on the other host.
@@ -137,40 +139,81 @@ async fn clones_are_machines_of_their_own() {
         assert_eq!(sh(from.0, from.1, &fetch(&ip(machine))).await, "200", "{} at {}", machine.name, ip(machine));
     }
     no_number_twice(&home, &away, &clones).await;
-    new_driver_and_new_boot(&lab, &parent, &machines[1]).await;
+    new_driver_and_new_boot(&lab, &parent, &machines[1..]).await;
     lab.down().await.unwrap();
 }
 
-/// A clone's card is reset, and then all of the clone: it speaks as itself or not at all. A machine that boots anew is told
-/// again who it is.
-async fn new_driver_and_new_boot(lab: &Lab, parent: &api::VmInfo, clone: &api::VmInfo) {
+/// A clone's driver is bound anew, and then all of the machines boot anew: each speaks as itself or not at all, and is told
+/// again who it is. One clone is where its parent is, one on a host that has not the image.
+async fn new_driver_and_new_boot(lab: &Lab, parent: &api::VmInfo, machines: &[api::VmInfo]) {
     let home = lab.client(1);
     sh(&home, "web", "systemctl stop t-talk").await;
-    let capture =
-        Capture::new(&family_space(lab, 1, parent), &["-i", &clone.network.as_ref().unwrap().tap, "-Q", "in"]);
+    // Whatever a clone says comes in at a tap; those of clones that boot anew are not there yet.
+    let hear = |host| Capture::new(&family_space(lab, host, parent), &["-i", "any", "-Q", "in"]);
+    let captures = [hear(1), hear(2)];
+    let [one, _] = machines else { panic!("two clones") };
     let device = "d=$(basename $(readlink /sys/class/net/eth0/device)); cd /sys/bus/virtio/drivers/virtio_net";
-    sh(&home, &clone.name, &format!("{device}; echo $d >unbind; echo $d >bind")).await;
-    let there = || async { sh(&home, &clone.name, "cat /sys/class/net/eth0/address || true").await == mac(clone) };
-    until("the card is back, with its own address", there).await;
-    sh(&home, &clone.name, &format!("ip addr add {}/10 dev eth0; ip link set eth0 up", ip(clone))).await;
-    until("it is reached", || async { sh(&home, "web", &fetch(&ip(clone))).await == "200" }).await;
-    let pid = vm(&home, &clone.name).await.pid;
-    let _ = home.exec_collect(&clone.name, ["sh", "-c", "echo b >/proc/sysrq-trigger"]).await;
+    sh(&home, &one.name, &format!("{device}; echo $d >unbind; echo $d >bind")).await;
+    let address = "cat /sys/class/net/eth0/address; ip -4 -o addr show dev eth0 | awk '{print $4}'";
+    let there = || async { sh(&home, &one.name, address).await == format!("{}\n{}/10", mac(one), ip(one)) };
+    until("the card is back, with its own addresses", there).await;
+    until("it reaches its parent", || async { sh(&home, &one.name, &fetch(&ip(parent))).await == "200" }).await;
+    until("it is reached", || async { sh(&home, "web", &fetch(&ip(one))).await == "200" }).await;
+
     let boot = "cat /proc/sys/kernel/random/boot_id";
     let before = sh(&home, "web", boot).await;
+    for machine in machines {
+        let client = lab.client(if machine.host == "h1" { 1 } else { 2 });
+        let (name, before) = (machine.name.as_str(), sh(&client, &machine.name, boot).await);
+        let pid = vm(&client, name).await.pid;
+        sh(&client, name, "echo kept >/root/kept; sync").await;
+        let _ = client.exec_collect(name, ["sh", "-c", "echo b >/proc/sysrq-trigger"]).await;
+        boots_anew(&client, machine, &before).await;
+        let now = vm(&client, name).await;
+        assert_eq!(
+            (now.state, now.id, ip(&now), mac(&now)),
+            (api::VmState::Running, machine.id, ip(machine), mac(machine))
+        );
+        assert!(now.pid.is_some() && now.pid != pid, "another QEMU, which has a kernel");
+        assert_eq!((now.parent, now.checkpoint), (machine.parent, None), "a clone, and no view of a checkpoint");
+        assert_eq!(sh(&client, name, "hostname; cat /root/kept").await, format!("{name}\nkept"), "its own disk");
+        assert_eq!(sh(&client, name, "cat /sys/class/net/eth0/address").await, mac(machine));
+        until("it reaches its parent", || async { sh(&client, name, &fetch(&ip(parent))).await == "200" }).await;
+        until("it is reached", || async { sh(&home, "web", &fetch(&ip(machine))).await == "200" }).await;
+        let (_, made) = fork(&client, name, 1, &[]).await;
+        let child = vm(&client, &made[0]).await;
+        assert_eq!((child.generation, child.parent), (now.generation + 1, Some(now.id)));
+        assert_eq!(sh(&client, &child.name, "hostname; cat /root/kept").await, format!("{}\nkept", child.name));
+        assert_eq!(sh(&client, name, &fetch(&ip(&child))).await, "200", "a clone of it is a machine of its own");
+    }
     let _ = home.exec_collect("web", ["sh", "-c", "echo b >/proc/sysrq-trigger"]).await;
-    until_within(4 * LIMIT, "the parent is told who it is", || async {
-        let id = home.exec_collect("web", ["sh", "-c", &format!("{boot}; cat /run/ramet/id")]).await;
-        id.is_ok_and(|id| !id.text().contains(&before) && id.text().contains(&ip(parent)))
+    boots_anew(&home, parent, &before).await;
+    until("it answers again", || async { sh(&home, "web", &fetch(&ip(parent))).await == "200" }).await;
+    for capture in captures {
+        let lines = capture.end();
+        let leaked = as_parent(&lines, parent);
+        assert!(leaked.is_empty(), "{leaked:#?}");
+        assert!(machines.iter().any(|m| lines.iter().any(|l| speaks_as(l, &mac(m), &ip(m)))), "its own are seen");
+    }
+}
+
+/// Of what came in at all devices of a family's namespace: what came in at a clone's tap in its parent's name.
+fn as_parent<'a>(lines: &'a [String], parent: &api::VmInfo) -> Vec<&'a String> {
+    let tap = &parent.network.as_ref().unwrap().tap;
+    let of_clone = |l: &&String| l.split(' ').nth(1).is_some_and(|i| i.starts_with('t') && i != tap);
+    lines.iter().filter(of_clone).filter(|l| speaks_as(l, &mac(parent), &ip(parent))).collect()
+}
+
+/// Waits until a machine has booted since, and was told who it is.
+async fn boots_anew(client: &Client, machine: &api::VmInfo, before: &str) {
+    let who = "cat /proc/sys/kernel/random/boot_id /run/ramet/id";
+    until_within(4 * LIMIT, "it has booted anew and knows who it is", || async {
+        let info = vm(client, &machine.name).await;
+        assert_eq!(info.state_reason.filter(|_| info.state == api::VmState::Crashed), None);
+        let id = client.exec_collect(&machine.name, ["sh", "-c", who]).await;
+        id.is_ok_and(|id| !id.text().contains(before) && id.text().contains(&format!("{}\"", ip(machine))))
     })
     .await;
-    until("it answers again", || async { sh(&home, "web", &fetch(&ip(parent))).await == "200" }).await;
-    assert_eq!(vm(&home, &clone.name).await.pid, pid, "the clone's QEMU lives");
-    assert_eq!(vm(&home, &clone.name).await.state, api::VmState::Running);
-    let lines = capture.end();
-    let leaked: Vec<_> = lines.iter().filter(|l| speaks_as(l, &mac(parent), &ip(parent))).collect();
-    assert!(leaked.is_empty(), "{leaked:#?}");
-    assert!(lines.iter().any(|l| speaks_as(l, &mac(clone), &ip(clone))), "its own are seen");
 }
 
 async fn who_it_is(client: &Client, info: &api::VmInfo, number: u64, parent: &api::VmInfo) {
@@ -312,4 +355,94 @@ async fn silent(home: &Client, checkpoint: &api::CheckpointRequest) {
     assert!(took.as_secs() < 25, "it waits no longer than it was told");
     assert_eq!(vm(home, "web").await.state, api::VmState::Running);
     until("the agent answers again", || async { home.ping("web").await.is_ok() }).await;
+}
+
+/// Asks for an address by DHCP whenever the card is another one, as clients do that a distribution brings.
+const DHCP: &str = r#"
+import os, socket, struct, time
+def card():
+    try: return bytes.fromhex(open("/sys/class/net/eth0/address").read().strip().replace(":", ""))
+    except OSError: return None
+def ask(s, mac, kind, more):
+    options = b"\x63\x82\x53\x63\x35\x01" + bytes([kind]) + more + b"\xff"
+    bootp = struct.pack("!BBBBIHH16x", 1, 1, 6, 0, 7, 0, 0x8000) + mac + bytes(202) + options
+    udp = struct.pack("!HHHH", 68, 67, 8 + len(bootp), 0) + bootp
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, bytes(4), b"\xff" * 4)
+    total = sum(struct.unpack("!10H", head))
+    total = (total & 0xffff) + (total >> 16)
+    head = head[:10] + struct.pack("!H", ~total & 0xffff) + head[12:]
+    s.sendto(head + udp, ("eth0", 0x0800, 0, 0, b"\xff" * 6))
+    while True:
+        p = s.recv(2048)
+        p = p[(p[0] & 15) * 4:] if p[9] == 17 else b""
+        if p[2:4] != b"\x00\x44" or len(p) < 250: continue
+        said, rest = {}, p[8 + 240:]
+        while rest and rest[0] != 255:
+            said[rest[0]], rest = rest[2:2 + rest[1]], rest[2 + rest[1]:]
+        return p[24:28], said
+done = None
+while True:
+    mac = card()
+    if mac and mac != done:
+        try:
+            os.system("ip link set eth0 up")
+            s = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
+            s.bind(("eth0", 0x0800)); s.settimeout(3)
+            ip, said = ask(s, mac, 1, b"")
+            ip, said = ask(s, mac, 3, b"\x32\x04" + ip + b"\x36\x04" + said[54])
+            bits = bin(int.from_bytes(said[1], "big")).count("1")
+            os.system("ip addr flush dev eth0; ip addr add %s/%d dev eth0" % (socket.inet_ntoa(ip), bits))
+            os.system("ip route replace default via %s" % socket.inet_ntoa(said[3][:4]))
+            done = mac
+        except (OSError, KeyError) as e: print(e, flush=True)
+    elif not mac: done = None
+    time.sleep(0.3)
+"#;
+
+#[tokio::test]
+async fn clones_without_an_agent_get_another_card_and_ask_for_their_address() {
+    let lab = lab("untold", 2).await;
+    let home = lab.client(1);
+    let parent = run_web(&home, "web").await;
+    put(&home, "web", "/root/dhcp.py", 0o755, DHCP).await;
+    let unit = "[Service]\nExecStart=python3 -u /root/dhcp.py\n[Install]\nWantedBy=multi-user.target\n";
+    put(&home, "web", "/etc/systemd/system/t-dhcp.service", 0o644, unit).await;
+    let without = "systemctl enable -q t-dhcp; systemctl disable -q ramet-agent; rm -f /usr/bin/ramet-agent; sync";
+    sh(&home, "web", without).await;
+    let _ = home.exec_collect("web", ["sh", "-c", "echo b >/proc/sysrq-trigger"]).await;
+    // As the gateway: nobody in the guest can be asked.
+    let answers = |host: usize, vm: &api::VmInfo| {
+        let words = ["sh", "-c", &fetch(&ip(vm))].map(str::to_owned);
+        let space = family_space(&lab, host, vm);
+        move || told_within(&space, &[&words[0], &words[1], &words[2]]).trim() == "200"
+    };
+    let parent_answers = answers(1, &parent);
+    until("the parent is down", || async { !parent_answers() }).await;
+    until_within(4 * LIMIT, "it has booted without an agent and asked for its address", || async { parent_answers() })
+        .await;
+    assert!(!vm(&home, "web").await.agent);
+
+    let wish = |options| {
+        let clones = api::CloneRequest { options, wait_agent_s: 5, ..clones(2, &["h1", "h2"]) };
+        api::ForkRequest { clones, ..Default::default() }
+    };
+    let (code, text) = refused(home.fork("web", &wish(api::CloneOptions::default())).await);
+    assert_eq!(code, api::ErrorCode::AgentSilent);
+    assert!(text.contains("allow-unseeded") && text.contains("DHCP"), "{text}");
+    assert_eq!(names(&home).await, ["web"], "nothing was made");
+    assert!(home.checkpoints().await.unwrap().checkpoints.is_empty());
+
+    let capture = Capture::new(&family_space(&lab, 1, &parent), &["-i", "any", "-Q", "in"]);
+    let unseeded = api::CloneOptions { allow_unseeded: true, ..Default::default() };
+    let made = home.fork("web", &wish(unseeded)).await.unwrap();
+    for (host, clone) in (1..).zip(&made.clones) {
+        assert!(!clone.vm.agent && clone.answered_us.is_none() && clone.ready_us.is_some(), "{clone:?}");
+        let there = answers(host, &clone.vm);
+        until("the clone has asked for its address and answers there", || async { there() }).await;
+    }
+    assert!(parent_answers(), "the parent goes on");
+    let lines = capture.end();
+    let leaked = as_parent(&lines, &parent);
+    assert!(leaked.is_empty(), "{leaked:#?}");
+    lab.down().await.unwrap();
 }

@@ -99,6 +99,12 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`VmmError`].
     async fn set_link(&self, index: u8, up: bool) -> Result<(), VmmError>;
+    /// Takes a network card out of a VM that runs, and puts one with this MAC address into its place: to the guest it is
+    /// another card. Its cable is plugged in when the new one comes. The guest has to let the old one go.
+    ///
+    /// # Errors
+    /// [`VmmError`]; [`VmmError::Timeout`] when the guest does not let go. The VM may have no such card then.
+    async fn replace_nic(&self, index: u8, mac: &str, limit: Duration) -> Result<(), VmmError>;
     /// The name of the disk's node that the guest writes to: [`DiskChain::node`], or that of a later layer.
     ///
     /// # Errors
@@ -151,6 +157,11 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`VmmError`].
     async fn query_status(&self) -> Result<String, VmmError>;
+    /// The same as [`VmProcess::kill`], but the disk is whole afterwards: what the guest has written is in its files.
+    ///
+    /// # Errors
+    /// When the process does not end.
+    async fn quit(&self) -> Result<(), VmmError>;
     /// Ends the VMM at once and removes its files. The guest is not asked. Does nothing the second time.
     ///
     /// # Errors

@@ -137,6 +137,9 @@ impl MachineSpec {
 const NICS: u8 = 0x8;
 const VOLUMES: u8 = 0x10;
 
+/// How long a guest that finds nothing to boot from waits until it tries again.
+const NO_KERNEL_MS: u32 = 3000;
+
 /// How a VM begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Boot {
@@ -267,6 +270,9 @@ pub(crate) fn arguments(spec: &MachineSpec, boot: &Boot, paths: &VmPaths, sandbo
         }
         Boot::Incoming => {
             add("-incoming", "defer".to_owned());
+            // One that boots anew finds no kernel: it is reset again and again until somebody sees to it, who may have been
+            // away at the first time.
+            add("-boot", format!("reboot-timeout={NO_KERNEL_MS}"));
             add("-global", "migration.send-configuration=off".to_owned());
         }
     }

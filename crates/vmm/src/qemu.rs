@@ -40,6 +40,10 @@ const COMMAND: Duration = Duration::from_secs(20);
 const START: Duration = Duration::from_secs(30);
 /// Time limit for saving or loading devices.
 const STATE: Duration = Duration::from_secs(60);
+/// Time limit for a process that was asked to end.
+const QUIT: Duration = Duration::from_secs(10);
+/// How often a guest is asked to let a card go. QEMU forgets a request after a second.
+const ASK_AGAIN: Duration = Duration::from_millis(1500);
 /// Time limit for a killed process to go.
 const KILL: Duration = Duration::from_secs(10);
 
@@ -464,6 +468,15 @@ impl QemuProcess {
         }
     }
 
+    async fn add_card(&self, index: u8, mac: &str) -> Result<(), VmmError> {
+        let (bus, addr) = self.spec.nic_slot(index);
+        let card = json!({
+            "driver": "virtio-net-pci", "id": format!("nic{index}"), "netdev": format!("net{index}"), "mac": mac,
+            "romfile": "", "bus": bus, "addr": addr, "disable-modern": self.spec.is_legacy(),
+        });
+        self.execute("device_add", card).await.map(drop)
+    }
+
     async fn state_error(&self, what: &'static str, message: String) -> VmmError {
         let info = self.execute("query-migrate", Value::Null).await.ok();
         let reason = info.as_ref().and_then(|i| i.get("error-desc")).and_then(Value::as_str);
@@ -543,12 +556,47 @@ impl VmProcess for QemuProcess {
             // On the netdev: on the card it would be undone by the state that is loaded.
             self.set_link(index, false).await?;
         }
-        let (bus, addr) = self.spec.nic_slot(index);
-        let card = json!({
-            "driver": "virtio-net-pci", "id": format!("nic{index}"), "netdev": net, "mac": mac, "romfile": "",
-            "bus": bus, "addr": addr, "disable-modern": self.spec.is_legacy(),
-        });
-        self.execute("device_add", card).await.map(drop)
+        self.add_card(index, &mac).await
+    }
+
+    async fn replace_nic(&self, index: u8, mac: &str, limit: Duration) -> Result<(), VmmError> {
+        let card = format!("nic{index}");
+        let mut events = self.qmp.events();
+        let gone = async {
+            loop {
+                match events.recv().await {
+                    Ok(event) if event.name == "DEVICE_DELETED" => {
+                        if event.data.get("device").and_then(Value::as_str) == Some(&card) {
+                            return Ok(());
+                        }
+                    }
+                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => {
+                        return Err(VmmError::Connection(io::ErrorKind::UnexpectedEof.into()));
+                    }
+                }
+            }
+        };
+        // A guest that boots is deaf to it at first. A refusal says that it has heard, and is about it.
+        let ask = async {
+            loop {
+                match self.execute("device_del", json!({ "id": card })).await {
+                    Ok(_) | Err(VmmError::Refused { .. }) => tokio::time::sleep(ASK_AGAIN).await,
+                    Err(err) => return Err(err),
+                }
+            }
+        };
+        let both = async {
+            tokio::select! {
+                gone = gone => gone,
+                failed = ask => failed,
+            }
+        };
+        let command = "device_del".to_owned();
+        tokio::time::timeout(limit, both).await.map_err(|_| VmmError::Timeout { command, limit })??;
+        // Nobody is at the cable now who could say something wrong.
+        self.set_link(index, true).await?;
+        self.add_card(index, mac).await
     }
 
     async fn set_link(&self, index: u8, up: bool) -> Result<(), VmmError> {
@@ -699,6 +747,13 @@ impl VmProcess for QemuProcess {
     async fn query_status(&self) -> Result<String, VmmError> {
         let answer = self.execute("query-status", Value::Null).await?;
         Ok(answer.get("status").and_then(Value::as_str).unwrap_or("unknown").to_owned())
+    }
+
+    async fn quit(&self) -> Result<(), VmmError> {
+        // It may be gone before its answer.
+        let _ = self.execute("quit", Value::Null).await;
+        let _ = tokio::time::timeout(QUIT, self.process.wait()).await;
+        self.kill().await
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -95,7 +95,8 @@ pub struct CloneOptions {
     #[serde(default = "default_hook_limit")]
     pub hook_limit_s: u64,
     /// Release it even when its agent can't confirm that the kernel has fresh entropy. Its random numbers may then be those
-    /// of its siblings.
+    /// of its siblings. Also when its parent's agent has never answered: then nobody in it is told anything, and its network
+    /// cards are replaced by new ones.
     #[serde(default)]
     pub allow_unseeded: bool,
 }

@@ -125,6 +125,19 @@ pub struct PeerMembers {
     pub hosts: Vec<String>,
 }
 
+/// What a VM was booted from. `GET /v1/peer/boot/{hash}` gives a file of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PeerBoot {
+    /// The hash of the kernel.
+    pub kernel: String,
+    /// That of its initial file system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<String>,
+    /// The whole command line.
+    pub cmdline: String,
+}
+
 /// First part of the body of `POST /v1/peer/clones`: 4 bytes little-endian length, this as JSON, then the descriptor.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -152,6 +165,11 @@ pub struct PeerCloneRequest {
     /// Applications stand still in the checkpoint.
     #[serde(default)]
     pub frozen: bool,
+    /// The agent of the parent had answered.
+    pub agent: bool,
+    /// What the clones boot from when they boot anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<PeerBoot>,
     /// As in [`CloneRequest`](super::CloneRequest).
     #[serde(default)]
     pub options: super::CloneOptions,

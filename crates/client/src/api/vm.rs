@@ -287,7 +287,7 @@ pub struct VmInfo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub parent: Option<VmId>,
-    /// The checkpoint that it was cloned from.
+    /// The checkpoint that it was cloned from; none: it was booted, or has rebooted since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub checkpoint: Option<ImageId>,

@@ -258,6 +258,14 @@ mod tests {
     }
 
     #[test]
+    fn the_kernel_takes_the_filter_and_nothing_waits_behind_it() {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let links = NewLinks::open().unwrap();
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        assert_eq!(poll(&mut [PollFd::new(&links.0, PollFlags::IN)], Some(&now)).unwrap(), 0);
+    }
+
+    #[test]
     fn the_kernel_lists_the_loopback_and_refuses_what_is_not_there() {
         let mut netlink = Netlink::route().unwrap();
         let mut seen = 0;

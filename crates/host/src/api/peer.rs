@@ -4,7 +4,8 @@ use axum::{
     Extension, Json,
     body::Bytes,
     extract::{Path, State},
-    http::StatusCode,
+    http::{StatusCode, header},
+    response::IntoResponse,
 };
 use ramet_client::api::{
     CloneResponse, ErrorBody, ErrorCode, PeerCommit, PeerHosts, PeerImageUse, PeerJoinReply, PeerJoinRequest,
@@ -67,6 +68,14 @@ pub(super) async fn clones(
     responses((status = 200, body = PoolStatus), (status = "default", body = ErrorBody)))]
 pub(super) async fn pool(State(daemon): Daemonic, Body(request): Body<PeerPoolRequest>) -> Answer<PoolStatus> {
     Ok(Json(daemon.warm_here(request).await?))
+}
+
+/// A file that VMs boot from, by the hash of its contents.
+#[utoipa::path(get, path = "/v1/peer/boot/{hash}", tag = "peer", params(("hash" = String, Path, description = "XXH3 of its bytes")),
+    responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>), (status = "default", body = ErrorBody)))]
+pub(super) async fn boot(State(daemon): Daemonic, Path(hash): Path<String>) -> ApiResult<impl IntoResponse> {
+    let bytes = daemon.peer_boot(&hash).await?;
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes))
 }
 
 /// Who uses the sender's checkpoint on this host.

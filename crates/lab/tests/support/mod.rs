@@ -300,7 +300,8 @@ impl Drop for Capture {
 
 /// Whether a captured packet is one that a machine has sent as, or claims to be, `mac` or `ip`.
 pub fn speaks_as(line: &str, mac: &str, ip: &str) -> bool {
-    let from = line.split(" > ").next().unwrap_or_default();
+    // What is asked for is nobody's own. Of `-i any` there is no " > " before it.
+    let from = line.split(" > ").next().and_then(|from| from.split(" who-has ").next()).unwrap_or_default();
     from.contains(mac)
         || from.split([' ', ',']).any(|word| word == ip || word.starts_with(&format!("{ip}.")))
         || line.contains(&format!("tell {ip},"))
