@@ -231,9 +231,8 @@ impl Daemon {
         lap("identity");
         let vm = self.store.read(|s| s.vms.get(&running.id).cloned());
         let vm = vm.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("VM {} was removed", running.id)))?;
-        for (index, _) in (0..).zip(vm.nics()) {
-            let plugged = running.process.set_link(index, true).await;
-            plugged.map_err(|e| ApiError::failed("The network card's cable can't be plugged in", e))?;
+        for (network, nic) in vm.nics() {
+            self.plug_in(network, nic).await?;
             lap("link");
         }
         if vm.guest != "linux" {
@@ -279,12 +278,13 @@ impl Daemon {
         let vm = self.store.read(|s| s.vms.get(&running.id).cloned());
         let vm = vm.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("VM {} was removed", running.id)))?;
         tracing::warn!(vm = %vm.id, name = vm.name, "released without an agent, and without fresh entropy, as it was asked for");
-        for (index, (_, nic)) in (0..).zip(vm.nics()) {
+        for (index, (network, nic)) in (0..).zip(vm.nics()) {
             let replaced = running.process.replace_nic(index, &nic.member.mac.to_string(), LET_GO).await;
             replaced.map_err(|e| {
                 ApiError::failed("The guest has no agent, and did not let its network card go", e)
                     .remedy("its kernel must know how to unplug PCI devices (CONFIG_HOTPLUG_PCI_ACPI), and have booted")
             })?;
+            self.plug_in(network, nic).await?;
         }
         Ok(())
     }

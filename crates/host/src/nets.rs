@@ -442,14 +442,14 @@ impl Daemon {
     }
 
     /// Gives a VM that does not run yet its network card number `index`, with the filter for its address in place. Returns
-    /// the name of its tap. `link`: its cable is plugged in from the beginning.
+    /// the name of its tap. `cable`: it is plugged in from the beginning; else see [`Daemon::plug_in`].
     pub(crate) async fn plug(
         &self,
         family: FamilyId,
         process: &Arc<dyn VmProcess>,
         index: u8,
         nic: &VmNic,
-        link: bool,
+        cable: bool,
     ) -> ApiResult<String> {
         let net = self.family_net(family).await?;
         let member = nic.member;
@@ -459,14 +459,24 @@ impl Daemon {
                 Some(tap) => tap,
                 None => net.network.open_tap(&new_tap())?,
             };
+            if !cable {
+                net.network.set_cable(&tap.name, false)?;
+            }
             net.network.admit(&tap.name, member)?;
             Ok(tap)
         })
         .await?;
         let name = tap.name.clone();
-        let nic = Nic { index, mac: member.mac.to_string(), tap: tap.fd, link };
+        let nic = Nic { index, mac: member.mac.to_string(), tap: tap.fd };
         process.attach_nic(nic).await.map_err(|e| failed("The network card can't be attached", e))?;
         Ok(name)
+    }
+
+    /// Plugs the cable of a VM's card in, now that the guest knows who it is. The guest sees nothing of it: its card had a
+    /// cable all the time.
+    pub(crate) async fn plug_in(&self, family: FamilyId, nic: &VmNic) -> ApiResult<()> {
+        let (net, tap) = (self.family_net(family).await?, nic.tap.clone());
+        blocking("The network card's cable can't be plugged in", move || net.network.set_cable(&tap, true)).await
     }
 
     /// Opens taps before somebody needs them.

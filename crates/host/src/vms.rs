@@ -191,8 +191,8 @@ impl Daemon {
     }
 
     /// Gives a VM that does not run yet its disk and its network card, both as they are on record. `new`: the overlay that
-    /// it writes to is not there yet. `link`: the card's cable is plugged in from the beginning.
-    pub(crate) async fn give_parts(self: &Arc<Self>, running: &Running, new: bool, link: bool) -> ApiResult<()> {
+    /// it writes to is not there yet. `cable`: the card's is plugged in from the beginning.
+    pub(crate) async fn give_parts(self: &Arc<Self>, running: &Running, new: bool, cable: bool) -> ApiResult<()> {
         let vm = self.store.read(|s| s.vms.get(&running.id).cloned());
         let vm = vm.ok_or_else(|| ApiError::internal("it was removed while it was made"))?;
         let disk = async {
@@ -209,7 +209,7 @@ impl Daemon {
         };
         let nic = async {
             for (index, (network, nic)) in (0..).zip(vm.nics()) {
-                let tap = self.plug(network, &running.process, index, nic, link).await?;
+                let tap = self.plug(network, &running.process, index, nic, cable).await?;
                 self.tap_is(running.id, index, tap);
                 self.spare_taps(network);
             }

@@ -96,10 +96,11 @@ impl Message {
         self.attr(kind, &bytes)
     }
 
-    fn link(kind: u16, family: u8, index: u32, up: bool) -> Self {
-        let flags = if up { IFF_UP } else { 0 };
+    /// `up`: sets the device up or down; none: leaves it as it is.
+    fn link(kind: u16, family: u8, index: u32, up: Option<bool>) -> Self {
+        let (flags, change) = up.map_or((0, 0), |up| (if up { IFF_UP } else { 0 }, IFF_UP));
         let mut header = vec![family, 0, 0, 0];
-        for word in [index, flags, flags] {
+        for word in [index, flags, change] {
             header.extend_from_slice(&word.to_ne_bytes());
         }
         Self::new(kind, F_ACK, &header)
@@ -115,14 +116,14 @@ impl Message {
 
     /// Makes a device a port of a bridge, and sets its MTU.
     pub(crate) fn enslave(port: u32, bridge: u32, mtu: u16) -> Self {
-        Self::link(RTM_NEWLINK, 0, port, false)
+        Self::link(RTM_NEWLINK, 0, port, None)
             .attr(IFLA_MTU, &u32::from(mtu).to_ne_bytes())
             .attr(IFLA_MASTER, &bridge.to_ne_bytes())
     }
 
-    /// Sets a device up.
-    pub(crate) fn up(port: u32) -> Self {
-        Self::link(RTM_NEWLINK, 0, port, true)
+    /// Sets a device up or down.
+    pub(crate) fn up(port: u32, up: bool) -> Self {
+        Self::link(RTM_NEWLINK, 0, port, Some(up))
     }
 
     /// Sets a port's flags. It learns nothing, and nothing unknown or for groups is flooded to it.
@@ -133,7 +134,7 @@ impl Message {
         const MULTICAST_FLOOD: u16 = 27;
         const BROADCAST_FLOOD: u16 = 30;
         const NEIGH_SUPPRESS: u16 = 32;
-        Self::link(RTM_SETLINK, AF_BRIDGE, port, false).nested(IFLA_PROTINFO, |message| {
+        Self::link(RTM_SETLINK, AF_BRIDGE, port, None).nested(IFLA_PROTINFO, |message| {
             message
                 .attr(LEARNING, &[0])
                 .attr(UNICAST_FLOOD, &[0])

@@ -306,7 +306,7 @@ impl Inner {
             *locked(&network.own_tap) = Some(own_tap);
             // Only now: a bridge that is set up without a port in use drops what it sends, for up to a second after it
             // has one.
-            network.route.send_all(vec![Message::up(bridge)]).map_err(failed)?;
+            network.route.send_all(vec![Message::up(bridge, true)]).map_err(failed)?;
             Ok(network)
         })?;
         Ok(Arc::new(inner))
@@ -364,7 +364,7 @@ impl Inner {
             .send_all(vec![
                 Message::enslave(index, self.bridge, self.mtu),
                 Message::port_flags(index, flags),
-                Message::up(index),
+                Message::up(index, true),
             ])
             .map_err(failed)?;
         Ok(fd)
@@ -602,7 +602,7 @@ fn tunnel(host: &HostInner, spec: &NetworkSpec, path: &Path, space: &Space) -> R
                 route.send_all(vec![
                     Message::enslave(tunnel, bridge, spec.mtu),
                     Message::port_flags(tunnel, PortFlags { neigh_suppress: true, ..PortFlags::default() }),
-                    Message::up(tunnel),
+                    Message::up(tunnel, true),
                 ])
             })
             .map_err(failed)
@@ -692,6 +692,23 @@ impl Network {
             ])
             .map_err(failed)?;
         inner.filter.elements(TABLE, &elements(tap, member), true).map_err(failed)
+    }
+
+    /// Plugs a tap's cable in (as it is from the beginning), or pulls it out. Nothing passes a tap whose cable is out, in
+    /// either direction, not even to somebody who captures at it; the guest can't see it, and what it sends is lost.
+    ///
+    /// # Errors
+    /// When there is no such tap, or the kernel refuses.
+    pub fn set_cable(&self, tap: &str, plugged: bool) -> Result<()> {
+        let inner = &*self.inner;
+        inner.alive()?;
+        check_name("a tap", tap, TAP_NAME, &RESERVED)?;
+        let failed = |source: io::Error| {
+            let what = if plugged { "plug in" } else { "pull out" };
+            Error::kernel(format!("{what} the cable of the tap {tap} of the network {}", inner.name), source)
+        };
+        let index = inner.index(tap).map_err(|errno| failed(errno.into()))?;
+        inner.route.send_all(vec![Message::up(index, plugged)]).map_err(failed)
     }
 
     /// Takes back what [`Network::admit`] gave. No error when it is gone, or the tap is.

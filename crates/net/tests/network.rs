@@ -103,6 +103,21 @@ fn a_tap_passes_nothing_before_it_is_admitted_and_after_it_is_expelled() {
 }
 
 #[test]
+fn nothing_passes_a_tap_whose_cable_is_out() {
+    let fabric = Fabric::new();
+    let host = Host::new(&fabric, 1);
+    let network = host.family("fam", VNI, Egress::None);
+    let (first, second) = (host.guest(&network, "tap0", 2), host.guest(&network, "tap1", 3));
+    assert!(first.reaches(&second, b"plugged in from the beginning"));
+    network.set_cable("tap1", false).unwrap();
+    network.set_cable("tap1", false).unwrap();
+    assert!(!first.reaches(&second, b"in") && second.try_send(&[0; 60]).is_err());
+    network.set_cable("tap1", true).unwrap();
+    assert!(first.reaches(&second, b"in again") && second.reaches(&first, b"out again"));
+    assert!(network.set_cable("tap9", true).is_err());
+}
+
+#[test]
 fn attacks_reach_neither_a_sibling_nor_another_family() {
     let pair = Pair::new();
     let host = &pair.a;

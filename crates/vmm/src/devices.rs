@@ -82,8 +82,6 @@ pub struct Nic {
     pub mac: String,
     /// A tap device with `IFF_VNET_HDR`.
     pub tap: OwnedFd,
-    /// Whether the cable is plugged in.
-    pub link: bool,
 }
 
 /// The node of a file. The host's page cache is kept at `cont`, which matters: else a clone begins with cold files.

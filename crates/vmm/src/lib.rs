@@ -94,13 +94,8 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`VmmError`]; the VM is good for nothing then.
     async fn attach_nic(&self, nic: Nic) -> Result<(), VmmError>;
-    /// Plugs a network card's cable in or pulls it out: without, no frame leaves the VM or comes to it.
-    ///
-    /// # Errors
-    /// [`VmmError`].
-    async fn set_link(&self, index: u8, up: bool) -> Result<(), VmmError>;
     /// Takes a network card out of a VM that runs, and puts one with this MAC address into its place: to the guest it is
-    /// another card. Its cable is plugged in when the new one comes. The guest has to let the old one go.
+    /// another card. The guest has to let the old one go.
     ///
     /// # Errors
     /// [`VmmError`]; [`VmmError::Timeout`] when the guest does not let go. The VM may have no such card then.

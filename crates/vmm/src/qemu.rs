@@ -548,14 +548,10 @@ impl VmProcess for QemuProcess {
     }
 
     async fn attach_nic(&self, nic: Nic) -> Result<(), VmmError> {
-        let Nic { index, mac, tap, link } = nic;
+        let Nic { index, mac, tap } = nic;
         let (name, net) = (format!("tap{index}"), format!("net{index}"));
         self.pass(&name, tap.as_fd()).await?;
         self.execute("netdev_add", json!({ "type": "tap", "id": net, "fd": name })).await?;
-        if !link {
-            // On the netdev: on the card it would be undone by the state that is loaded.
-            self.set_link(index, false).await?;
-        }
         self.add_card(index, &mac).await
     }
 
@@ -594,13 +590,7 @@ impl VmProcess for QemuProcess {
         };
         let command = "device_del".to_owned();
         tokio::time::timeout(limit, both).await.map_err(|_| VmmError::Timeout { command, limit })??;
-        // Nobody is at the cable now who could say something wrong.
-        self.set_link(index, true).await?;
         self.add_card(index, mac).await
-    }
-
-    async fn set_link(&self, index: u8, up: bool) -> Result<(), VmmError> {
-        self.execute("set_link", json!({ "name": format!("net{index}"), "up": up })).await.map(drop)
     }
 
     async fn disk_node(&self) -> Result<String, VmmError> {

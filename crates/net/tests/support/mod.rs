@@ -194,9 +194,14 @@ impl Guest {
     }
 
     pub(crate) fn send(&self, frame: &[u8]) {
+        self.try_send(frame).unwrap();
+    }
+
+    /// Fails at a tap whose cable is out.
+    pub(crate) fn try_send(&self, frame: &[u8]) -> std::io::Result<()> {
         let mut bytes = vec![0; HEADER];
         bytes.extend_from_slice(frame);
-        (&self.file).write_all(&bytes).unwrap();
+        (&self.file).write_all(&bytes)
     }
 
     /// The next frame, or none within `wait`.
