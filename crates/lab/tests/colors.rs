@@ -77,7 +77,8 @@ async fn what_a_guest_does_shows_in_its_colors_here_and_elsewhere() {
     let diff = Diff::of(&before, &after, &set).unwrap();
     let written = diff.files.iter().find(|f| f.path == "/second").unwrap();
     assert_eq!(written.changed_pages, 512);
-    assert!(diff.transitions.iter().any(|t| t.from == Color::CacheData && t.to == Color::Free && t.pages > 500));
+    // Of the 1024 pages that were freed the second file may have taken 512, and others some more.
+    assert!(diff.transitions.iter().any(|t| t.from == Color::CacheData && t.to == Color::Free && t.pages > 300));
     assert!(diff.changed_pages < 20_000, "most of memory is as it was");
 
     // The map goes along to another host, with the descriptor or after it.
