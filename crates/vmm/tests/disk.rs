@@ -1,16 +1,17 @@
 //! Real QEMU under TCG with a copy-on-write disk: frozen with the devices, opened by a clone, its layers swapped.
 #![allow(clippy::unwrap_used, reason = "a failure ends the test")]
 
-use ramet_kernel::shim::{Segment, ShimClient};
+mod support;
+
 use ramet_memory::ByteSize;
-use ramet_vmm::{
-    Accel, Base, Boot, DiskChain, LayerSwap, MachineSpec, NextOverlays, Qemu, VmProcess, Vmm, VmmConfig, VmmError,
-};
+use ramet_vmm::{Accel, Base, Boot, DiskChain, LayerSwap, MachineSpec, NextOverlays, Vmm, VmmError};
 use std::{
-    os::{fd::AsFd, unix::fs::PermissionsExt},
+    os::unix::fs::{FileExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicBool, Ordering},
 };
+use support::{copy_memory, dir, vmm};
 
 const SIZE: u64 = 16 << 20;
 
@@ -32,28 +33,10 @@ fn overlay(dir: &Path, name: &str) -> PathBuf {
     path
 }
 
-fn vmm() -> Qemu {
-    let shim = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("libramet_shim.so");
-    assert!(shim.exists(), "build the workspace first: {} is missing", shim.display());
-    let user = rustix::process::geteuid().is_root().then_some((ramet_vmm::QEMU_UID, ramet_vmm::QEMU_UID));
-    Qemu::new(VmmConfig { user, ..VmmConfig::new(shim) })
-}
-
-fn copy_memory(from: &dyn VmProcess, to: &dyn VmProcess, file: &Path) {
-    let info = ShimClient::connect(from.shim_socket()).unwrap().info().unwrap();
-    let mut bytes = vec![0; usize::try_from(info.ram_len).unwrap()];
-    ramet_kernel::process_read(info.pid, info.ram_addr, &mut bytes).unwrap();
-    std::fs::write(file, bytes).unwrap();
-    let file = std::fs::File::open(file).unwrap();
-    let segment = Segment { guest_offset: 0, len: info.ram_len, file_offset: 0, fd_index: 0, flags: 0 };
-    ShimClient::connect(to.shim_socket()).unwrap().map(&[segment], &[file.as_fd()]).unwrap();
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_is_frozen_with_the_devices_and_opened_by_a_clone() {
     let vmm = vmm();
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let dir = dir();
     // Where QEMU's user can't come to.
     let hidden = dir.path().join("hidden");
     std::fs::create_dir(&hidden).unwrap();
@@ -128,4 +111,49 @@ async fn a_disk_is_frozen_with_the_devices_and_opened_by_a_clone() {
     parent.save_state(Some(NextOverlays { first: &next, second: &second })).await.unwrap();
     parent.cont().await.unwrap();
     parent.kill().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_until_the_cpus_stand_still_is_frozen_with_them() {
+    let (vmm, dir) = (vmm(), dir());
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, vec![0; 8192]).unwrap();
+    let active = overlay(dir.path(), "active");
+    let boot = Boot::Kernel { kernel, initrd: None, cmdline: String::new() };
+    let parent = vmm.launch(&spec(), boot, &dir.path().join("parent")).await.unwrap();
+    let disk = DiskChain { base: Base::None, layers: vec![], active: active.clone() };
+    parent.attach_disk(&disk).await.unwrap();
+    parent.cont().await.unwrap();
+
+    // The firmware writes nothing, so somebody else does: the file's first byte as it is, which does no harm.
+    let (first, second) = (overlay(dir.path(), "first"), overlay(dir.path(), "second"));
+    let saved = {
+        let (file, done) = (std::fs::File::options().write(true).open(&first).unwrap(), AtomicBool::new(false));
+        let done = &done;
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    file.write_all_at(b"Q", 0).unwrap();
+                }
+            });
+            let saving = parent.save_state(Some(NextOverlays { first: &first, second: &second }));
+            let saved = tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(saving));
+            done.store(true, Ordering::Relaxed);
+            saved.unwrap()
+        })
+    };
+    assert!(saved.second_overlay);
+    assert_eq!(parent.disk_node().await.unwrap(), DiskChain::node(&second));
+
+    let clone = vmm.launch(&spec(), Boot::Incoming, &dir.path().join("clone")).await.unwrap();
+    copy_memory(&*parent, &*clone, &dir.path().join("memory"));
+    parent.cont().await.unwrap();
+    let disk = DiskChain { base: Base::None, layers: vec![active, first], active: overlay(dir.path(), "own") };
+    clone.attach_disk(&disk).await.unwrap();
+    clone.load_state(&saved.bytes).await.unwrap();
+    clone.cont().await.unwrap();
+    for vm in [parent, clone] {
+        assert_eq!(vm.query_status().await.unwrap(), "running");
+        vm.kill().await.unwrap();
+    }
 }

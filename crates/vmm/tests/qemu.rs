@@ -1,16 +1,17 @@
 //! Real QEMU under TCG: started, saved, loaded, found again, killed.
 #![allow(clippy::unwrap_used, reason = "a failure ends the test")]
 
-use ramet_kernel::shim::{Segment, ShimClient};
+mod support;
+
 use ramet_memory::ByteSize;
 use ramet_vmm::{Accel, Boot, MachineSpec, Pool, PoolConfig, Qemu, VmProcess, Vmm, VmmConfig, VmmError};
 use std::{
-    os::fd::AsFd,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
     time::Duration,
 };
+use support::{copy_memory, dir, vmm};
 
 /// Longer than any QEMU takes to answer.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -21,18 +22,7 @@ fn qemu() -> Option<Arc<dyn Vmm>> {
         eprintln!("SKIPPED: QEMU is not installed");
         return None;
     }
-    let shim = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("libramet_shim.so");
-    assert!(shim.exists(), "build the workspace first: {} is missing", shim.display());
-    let user = rustix::process::geteuid().is_root().then_some((ramet_vmm::QEMU_UID, ramet_vmm::QEMU_UID));
-    Some(Arc::new(Qemu::new(VmmConfig { user, ..VmmConfig::new(shim) })))
-}
-
-/// A directory that QEMU's user can reach.
-fn dir() -> tempfile::TempDir {
-    use std::os::unix::fs::PermissionsExt;
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-    dir
+    Some(Arc::new(vmm()))
 }
 
 fn spec() -> MachineSpec {
@@ -56,17 +46,6 @@ async fn firmware(vmm: &Arc<dyn Vmm>, dir: &Path) -> Box<dyn VmProcess> {
     let vm = vmm.launch(&spec(), boot, &dir.join("parent")).await.unwrap();
     vm.cont().await.unwrap();
     vm
-}
-
-/// Gives a waiting VM a copy of a stopped VM's memory: loading devices looks into it.
-fn copy_memory(from: &dyn VmProcess, to: &dyn VmProcess, file: &Path) {
-    let info = ShimClient::connect(from.shim_socket()).unwrap().info().unwrap();
-    let mut bytes = vec![0; usize::try_from(info.ram_len).unwrap()];
-    ramet_kernel::process_read(info.pid, info.ram_addr, &mut bytes).unwrap();
-    std::fs::write(file, bytes).unwrap();
-    let file = std::fs::File::open(file).unwrap();
-    let segment = Segment { guest_offset: 0, len: info.ram_len, file_offset: 0, fd_index: 0, flags: 0 };
-    ShimClient::connect(to.shim_socket()).unwrap().map(&[segment], &[file.as_fd()]).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
