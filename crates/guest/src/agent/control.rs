@@ -3,13 +3,12 @@
 
 use crate::freezer::Freezer;
 use crate::hooks::{self, Run};
-use crate::identity;
 use crate::names;
 use crate::netlink::NewLinks;
 use crate::network::{self, Card};
 use crate::paths::Paths;
-use crate::serve::helper;
 use crate::subscribers::Subscribers;
+use crate::threads::helper;
 use ramet_guest::protocol::{
     Freeze, FreezeAck, GuestId, HookResult, Identity, MAX_PAYLOAD, Release, ReleaseAck, ThawAck,
 };
@@ -200,7 +199,7 @@ impl Control {
                 errors.extend(result.err().map(|error| format!("{what}: {error}")));
             };
             if let Some(id) = self.who() {
-                identity::write_id(&self.paths, &id, &mut step);
+                names::write_id(&self.paths, &id, &mut step);
             }
             names::write(&self.paths, &identity, &mut step);
         }

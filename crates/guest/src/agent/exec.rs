@@ -1,8 +1,8 @@
 //! Commands. One thread runs a command and moves its output; a second one moves its input, if the host sends any.
 
 use crate::child;
-use crate::serve::helper;
 use crate::stream::Stream;
+use crate::threads::helper;
 use ramet_guest::protocol::{Exec, MAX_PAYLOAD, kind};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};

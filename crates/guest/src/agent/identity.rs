@@ -4,12 +4,12 @@
 
 use crate::control::{Control, clip};
 use crate::network::Card;
-use crate::paths::{Paths, replace};
+use crate::paths::Paths;
+use crate::threads::Urgent;
 use crate::{names, network};
 use ramet_guest::protocol::{
     GuestId, GuestNic, Identity, IdentityAck, IdentityStep, MAX_PAYLOAD, MIN_ENTROPY, NicIdentity, from_hex,
 };
-use rustix::process::{getpriority_process, setpriority_process};
 use rustix::time::{ClockId, Timespec, clock_settime};
 use std::fs::File;
 use std::io;
@@ -57,6 +57,7 @@ impl Steps {
 /// Takes on an identity.
 pub(crate) fn take(control: &Arc<Control>, identity: &Identity) -> IdentityAck {
     let begun = Instant::now();
+    // Until a machine is itself, nothing that others do in it is of use.
     let _urgent = (identity.clone_number > 0).then(Urgent::begin);
     let paths = &control.paths;
     let mut steps = Steps(Vec::new(), begun);
@@ -76,7 +77,7 @@ pub(crate) fn take(control: &Arc<Control>, identity: &Identity) -> IdentityAck {
         names::write(paths, identity, &mut |name, result| {
             steps.note(name, result);
         });
-        write_id(paths, &id, &mut |name, result| {
+        names::write_id(paths, &id, &mut |name, result| {
             steps.note(name, result);
         });
     } else {
@@ -89,34 +90,6 @@ pub(crate) fn take(control: &Arc<Control>, identity: &Identity) -> IdentityAck {
         steps.note("clock", set_clock(identity.realtime_ns.saturating_add(since)).map(|()| None));
     }
     steps.into_ack(reseeded)
-}
-
-/// Writes the files by which programs find out who they are. Each part is told to `step`.
-pub(crate) fn write_id(paths: &Paths, id: &GuestId, step: &mut dyn FnMut(&str, io::Result<network::Remark>)) {
-    step("id", write(paths, id).map(|()| None));
-    step("generation", replace(&paths.generation(), format!("{}\n", id.generation).as_bytes()).map(|()| None));
-}
-
-/// While it lives, this thread comes before all others of the guest's that are not in real time: until a machine is
-/// itself, nothing that they do is of use.
-#[derive(Debug)]
-struct Urgent(Option<i32>);
-
-impl Urgent {
-    const NICE: i32 = -20;
-
-    fn begin() -> Self {
-        let before = getpriority_process(None).ok();
-        Self(before.filter(|_| setpriority_process(None, Self::NICE).is_ok()))
-    }
-}
-
-impl Drop for Urgent {
-    fn drop(&mut self) {
-        if let Some(before) = self.0 {
-            let _ = setpriority_process(None, before);
-        }
-    }
 }
 
 /// The network. Gives the interfaces as they are now.
@@ -216,16 +189,6 @@ fn set_clock(realtime_ns: u64) -> io::Result<()> {
         tv_nsec: i64::try_from(realtime_ns % 1_000_000_000).map_err(invalid)?,
     };
     Ok(clock_settime(ClockId::Realtime, time)?)
-}
-
-fn write(paths: &Paths, id: &GuestId) -> io::Result<()> {
-    let path = paths.id();
-    if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir)?;
-    }
-    let mut json = serde_json::to_vec(id)?;
-    json.push(b'\n');
-    replace(&path, &json)
 }
 
 /// `ramet-agent id`.
@@ -335,7 +298,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::new(dir.path());
         let nic = GuestNic { name: "eth0".into(), ip: "10.0.0.3".into(), prefix: 24, ..GuestNic::default() };
-        write(&paths, &guest_id(&identity(), true, vec![nic.clone()])).unwrap();
+        names::write_id(&paths, &guest_id(&identity(), true, vec![nic.clone()]), &mut |what, done| {
+            done.unwrap_or_else(|error| panic!("{what}: {error}"));
+        });
         let text = std::fs::read_to_string(dir.path().join("run/ramet/id")).unwrap();
         assert!(!text.contains("entropy") && !text.contains(&"00".repeat(64)));
         let id: GuestId = serde_json::from_str(&text).unwrap();

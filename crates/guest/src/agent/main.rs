@@ -17,6 +17,7 @@ mod serve;
 mod signals;
 mod stream;
 mod subscribers;
+mod threads;
 
 use paths::Paths;
 use std::path::PathBuf;

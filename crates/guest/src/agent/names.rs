@@ -1,9 +1,9 @@
-//! What a machine calls itself, besides its addresses: host name, machine id, SSH keys.
+//! What a machine calls itself, besides its addresses: host name, machine id, SSH keys, and the files that tell programs.
 
 use crate::child;
 use crate::network::{Remark, where_writable};
 use crate::paths::{Paths, replace};
-use ramet_guest::protocol::Identity;
+use ramet_guest::protocol::{GuestId, Identity};
 use rustix::process::{Pid, Signal, kill_process};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -30,6 +30,22 @@ pub(crate) fn write(paths: &Paths, identity: &Identity, step: &mut dyn FnMut(&st
     if identity.ssh_host_keys {
         step("ssh-host-keys", new_ssh_keys(paths));
     }
+}
+
+/// Writes the files by which programs find out who they are. Each part is told to `step`.
+pub(crate) fn write_id(paths: &Paths, id: &GuestId, step: &mut dyn FnMut(&str, io::Result<Remark>)) {
+    step("id", replace_id(paths, id).map(|()| None));
+    step("generation", replace(&paths.generation(), format!("{}\n", id.generation).as_bytes()).map(|()| None));
+}
+
+fn replace_id(paths: &Paths, id: &GuestId) -> io::Result<()> {
+    let path = paths.id();
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    let mut json = serde_json::to_vec(id)?;
+    json.push(b'\n');
+    replace(&path, &json)
 }
 
 fn invalid(text: impl Into<String>) -> io::Error {

@@ -7,6 +7,7 @@ use crate::paths::Paths;
 use crate::port::{Port, Source};
 use crate::stream::{NotOpened, Stream, Streams};
 use crate::subscribers::Subscribers;
+use crate::threads::helper;
 use crate::{child, exec, file, identity};
 use ramet_guest::protocol::{Decoder, Frame, Freeze, HelloAck, Identity, Release, kind};
 use rustix::time::{ClockId, clock_gettime};
@@ -15,9 +16,6 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-
-/// Stack of the threads for commands and files. Only what is touched is ever there.
-const STACK: usize = 128 * 1024;
 
 /// Most requests that have a thread of their own and no stream, such as a freeze.
 const MOST_WORK: usize = 8;
@@ -256,7 +254,7 @@ impl Agent {
         };
         let streams = Arc::clone(&self.streams);
         let of_thread = Arc::clone(&stream);
-        let started = std::thread::Builder::new().stack_size(STACK).spawn(move || {
+        let started = helper(move || {
             // The stream is closed before its end is told, so that the host may use the number again.
             work(&of_thread, request, &|| streams.close(&of_thread));
             streams.close(&of_thread);
@@ -275,11 +273,6 @@ impl Agent {
 
 fn answer(port: &Port, kind: u8, stream: u32, ack: &impl serde::Serialize) -> io::Result<()> {
     port.send(kind, stream, &serde_json::to_vec(ack).map_err(io::Error::other)?)
-}
-
-/// Starts a helper thread.
-pub(crate) fn helper(work: impl FnOnce() + Send + 'static) -> io::Result<std::thread::JoinHandle<()>> {
-    std::thread::Builder::new().stack_size(STACK).spawn(work)
 }
 
 fn nanoseconds(clock: ClockId) -> u64 {

@@ -6,7 +6,7 @@
 //! the answer; the subscription ends with the process.
 
 use crate::paths::Paths;
-use crate::serve::helper;
+use crate::threads::helper;
 use ramet_guest::protocol::{CloneEvent, Subscription, SubscriptionAck};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
