@@ -57,6 +57,7 @@ use super::{checkpoints, hosts, networks, peer, upgrade, vms};
         peer::clones,
         peer::pool,
         peer::members,
+        peer::tunnel,
         peer::image,
         peer::image_drop,
         peer::abort,
