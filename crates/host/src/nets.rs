@@ -404,7 +404,7 @@ impl Daemon {
         let remote = self.remote_members(&known);
         let network = blocking("The family's network can't be made", move || {
             host.set_peers(&peers)?;
-            host.set_secure_peers(&secure);
+            host.set_secure_peers(&secure)?;
             let network = host.ensure(&spec)?;
             network.serve_dhcp(DhcpOptions { dns })?;
             network.set_remote(&remote)?;
@@ -472,7 +472,7 @@ impl Daemon {
         let secure: Vec<_> = self.peers.secure_peers().into_values().collect();
         blocking("Members on other hosts can't be told to the kernel", move || {
             host.set_peers(&peers)?;
-            host.set_secure_peers(&secure);
+            host.set_secure_peers(&secure)?;
             net.network.set_remote(&remote)
         })
         .await

@@ -222,11 +222,17 @@ impl HostNet {
 
     /// The hosts that encrypted tunnels lead to, in place of those before. Without [`HostNetOptions::secure`] none do.
     /// [`HostNet::set_peers`] is to have their addresses too.
-    pub fn set_secure_peers(&self, peers: &[SecurePeer]) {
+    ///
+    /// # Errors
+    /// When what encrypts has ended, as it does when somebody deletes its device, and can't be started again.
+    pub fn set_secure_peers(&self, peers: &[SecurePeer]) -> Result<()> {
         *locked(&self.inner.secure_peers) = peers.to_vec();
-        if let Some(engine) = &*locked(&self.inner.engine) {
-            engine.set_peers(peers);
+        match &*locked(&self.inner.engine) {
+            Some(engine) if engine.alive() => engine.set_peers(peers),
+            Some(_) => {}
+            None => return Ok(()),
         }
+        self.encrypt()
     }
 
     /// Encrypts, if this host is to and does not yet.

@@ -167,7 +167,7 @@ impl Host {
     pub(crate) fn befriend(&self, number: u8) {
         let peer = secure_peer(number);
         self.net.set_peers(&[peer.fabric]).unwrap();
-        self.net.set_secure_peers(&[peer]);
+        self.net.set_secure_peers(&[peer]).unwrap();
     }
 
     pub(crate) fn new(fabric: &Fabric, number: u8) -> Self {
