@@ -105,7 +105,7 @@ async fn members_on_other_hosts_are_spoken_to_in_secret() {
     let script = format!("nc -w 2 {} 80 </dev/null 2>/dev/null || true", ip(&web));
     assert_eq!(sh(&clients[1], &far[0].name, &script).await, "");
     lab.restart_host_daemon(1).await.unwrap();
-    until_within(Duration::from_secs(10), "they speak again", || async {
+    until_within(Duration::from_secs(30), "they speak again", || async {
         sh(&clients[1], &far[0].name, &script).await == SECRET
     })
     .await;
