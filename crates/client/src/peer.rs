@@ -101,6 +101,14 @@ impl Client {
         self.send(self.json_request(Method::PUT, &path, bytes)?).await.map(drop)
     }
 
+    /// Tells a peer this host's key for encrypted tunnels; it answers with its own.
+    ///
+    /// # Errors
+    /// [`Error`]; the peer encrypts and this host does not.
+    pub async fn peer_tunnel(&self, request: &api::PeerTunnel) -> Result<api::PeerTunnel, Error> {
+        self.json(Method::PUT, "/v1/peer/tunnel", request).await
+    }
+
     /// Has pre-started QEMUs made ready on the peer.
     ///
     /// # Errors

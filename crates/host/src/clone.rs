@@ -30,6 +30,7 @@ use crate::{
     names::{check_vm_name, default_clone_name, shown},
     state::{BootFiles, CheckpointRecord, Joined, State, VmNic, VmRecord, now_unix_ms},
     stats::us,
+    tunnel,
     undo::Undo,
     vms::{check_free, check_ttl},
 };
@@ -191,11 +192,15 @@ impl Daemon {
             .filter(|host| **host != self.config.name)
             .cloned()
             .collect();
+        let networked = usize::from(parent.spec.nics) > parent.joined.len();
         let asked = all(elsewhere.into_iter().map(|host| {
             let daemon = self.clone();
             async move {
                 let client = daemon.peers.client(&host)?;
-                let (vms, lease) = tokio::join!(daemon.vms_of(&host), client.lease());
+                let tunnel =
+                    async { if networked { daemon.agree_on_tunnel(&host, tunnel::NEEDED).await } else { Ok(()) } };
+                let (vms, lease, tunnel) = tokio::join!(daemon.vms_of(&host), client.lease(), tunnel);
+                tunnel?;
                 let names = vms?.into_iter().map(|vm| (host.clone(), vm.name));
                 Ok((names.collect::<Vec<_>>(), host.clone(), lease.map_err(|e| from_peer(&host, e))?))
             }
@@ -217,7 +222,7 @@ impl Daemon {
         let clones = self.store.update(|s| {
             let mut clones = assign(s, parent, request, &hosts, &self.config.name, &taken)?;
             for clone in &mut clones {
-                if usize::from(parent.spec.nics) > parent.joined.len() {
+                if networked {
                     clone.nic = Some(self.new_member(s, parent.family)?);
                 }
                 for network in &parent.joined {
@@ -483,7 +488,7 @@ impl Daemon {
 
     /// The family's members by host once the clones stay: those that a host had, and its new ones.
     async fn members_after(
-        &self,
+        self: &Arc<Self>,
         plan: &Plan,
         family: FamilyId,
         shares: &BTreeMap<String, Share>,

@@ -40,6 +40,8 @@ pub struct Config {
     pub merge_layers: usize,
     /// Addresses of families' members: the same in every family.
     pub guest_network: ramet_net::Subnet,
+    /// Encrypt what goes between members on different hosts.
+    pub encrypt_tunnel: bool,
     /// Limits in force.
     pub limits: Limits,
     /// QEMU's binary.
@@ -83,6 +85,7 @@ impl Config {
             disk_dir: "/var/lib/ramet/disks".into(),
             merge_layers: MERGE_LAYERS,
             guest_network: ramet_net::AddressPlan::default().network(),
+            encrypt_tunnel: false,
             limits: Limits::default(),
             qemu: "qemu-system-x86_64".into(),
             qemu_user: None,
@@ -148,6 +151,10 @@ impl Config {
         {
             *path = std::path::absolute(&*path)?;
         }
+        let listens = self.listen.is_some_and(|l| l.is_ipv4() && !l.ip().is_unspecified());
+        if self.encrypt_tunnel && !listens {
+            bail!("--encrypt-tunnel needs --listen with this host's IPv4 address: tunnels begin and end there");
+        }
         let len = self.state_dir.as_os_str().len();
         if len > MAX_STATE_DIR {
             bail!(
@@ -197,6 +204,16 @@ mod tests {
         let config = Config::new("h1", format!("/run/{}", "x".repeat(60))).unwrap();
         let err = config.validate().unwrap_err().to_string();
         assert!(err.contains("--state-dir") && err.contains("shorter"), "{err}");
+    }
+
+    #[test]
+    fn encrypted_tunnels_need_an_address() {
+        for listen in [None, Some("0.0.0.0:1"), Some("[::1]:1")] {
+            let mut config = Config::new("h1", "/run/x").unwrap();
+            (config.encrypt_tunnel, config.listen) = (true, listen.map(|l| l.parse().unwrap()));
+            let err = config.validate().unwrap_err().to_string();
+            assert!(err.contains("--encrypt-tunnel needs --listen"), "{err}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! | `reboot` | clones that boot anew: another QEMU, with the kernel of their image or of another host's |
 //! | `disks` | overlays over golden images: frozen at checkpoints, served to other hosts, merged, removed |
 //! | `nets` | families' private networks: addresses, taps, published ports, what other hosts are told |
+//! | `tunnel` | encrypted tunnels: this host's key, and how hosts learn each other's |
 //! | [`leases`] | VMs that live as long as a connection |
 //! | [`pagers`] | supervision of pagers, and the client of their control sockets |
 //! | [`peers`] | other hosts: certificates, joining, passing requests on |
@@ -49,5 +50,6 @@ pub mod recover;
 pub mod remote;
 pub mod state;
 pub mod stats;
+mod tunnel;
 pub mod undo;
 pub mod vms;

@@ -14,8 +14,8 @@ use std::{
 use ramet_client::api::{self, ErrorCode, MemberNumber, PeerMembers, PeerNetwork, Protocol, PublishedPort};
 use ramet_memory::FamilyId;
 use ramet_net::{
-    AddressPlan, DhcpOptions, Egress, HostNet, HostNetOptions, Member, Network, NetworkSpec, Proto, Subnet, Tap,
-    TunnelOptions,
+    AddressPlan, DhcpOptions, Egress, HostNet, HostNetOptions, Member, Network, NetworkSpec, Proto, SecureOptions,
+    Subnet, Tap, TunnelOptions, TunnelSecret, secure_address,
 };
 use ramet_vmm::{Nic, VmProcess};
 
@@ -39,6 +39,8 @@ const TELL: Duration = Duration::from_secs(3);
 /// What the daemon keeps about networks.
 pub(crate) struct Nets {
     plan: AddressPlan,
+    /// This host's key, when its tunnels are encrypted.
+    secret: Option<TunnelSecret>,
     host: tokio::sync::OnceCell<HostNet>,
     families: Mutex<HashMap<FamilyId, Arc<FamilyNet>>>,
     /// Held while a family's network is made.
@@ -60,10 +62,11 @@ struct FamilyNet {
 
 impl Nets {
     /// # Errors
-    /// When the addresses that the daemon was told make no sense.
+    /// When the addresses that the daemon was told make no sense, or the key of its tunnels can't be read.
     pub(crate) fn new(config: &Config) -> anyhow::Result<Self> {
         Ok(Self {
             plan: AddressPlan::new(config.guest_network)?,
+            secret: crate::tunnel::secret(config)?,
             host: tokio::sync::OnceCell::new(),
             families: Mutex::default(),
             making: tokio::sync::Mutex::default(),
@@ -72,6 +75,16 @@ impl Nets {
 
     pub(crate) fn plan(&self) -> AddressPlan {
         self.plan
+    }
+
+    /// This host's key, when its tunnels are encrypted.
+    pub(crate) fn secret(&self) -> Option<&TunnelSecret> {
+        self.secret.as_ref()
+    }
+
+    /// This host's address in tunnels, once there have been networks.
+    pub(crate) fn tunnel_address(&self) -> Option<Ipv4Addr> {
+        Some(self.host.get()?.tunnel()?.local)
     }
 }
 
@@ -347,10 +360,17 @@ impl Daemon {
                 Some(IpAddr::V4(ip)) if !ip.is_unspecified() => Some(TunnelOptions::new(ip)),
                 _ => None,
             };
+            let secure = self.nets.secret.clone().zip(local);
+            let secure = secure.map(|(secret, open)| SecureOptions { secret, fabric: open.local });
+            let tunnel = match &secure {
+                Some(_) => Some(TunnelOptions::new(secure_address(self.peers.own_number()))),
+                None => local,
+            };
             let options = HostNetOptions {
                 state_dir: self.config.state_dir.clone(),
                 tag: tag(&self.config),
-                tunnel: local,
+                tunnel,
+                secure,
                 plan: self.nets.plan,
             };
             blocking("This host can't have networks for VMs", move || HostNet::open(options)).await
@@ -380,9 +400,11 @@ impl Daemon {
             mtu: MTU,
         };
         let peers = self.peer_addresses();
+        let secure: Vec<_> = self.peers.secure_peers().into_values().collect();
         let remote = self.remote_members(&known);
         let network = blocking("The family's network can't be made", move || {
             host.set_peers(&peers)?;
+            host.set_secure_peers(&secure)?;
             let network = host.ensure(&spec)?;
             network.serve_dhcp(DhcpOptions { dns })?;
             network.set_remote(&remote)?;
@@ -416,11 +438,23 @@ impl Daemon {
         self.peers.addresses().into_values().filter_map(v4).collect()
     }
 
+    /// The other hosts' addresses in tunnels. When these are encrypted, only those of hosts that have told their keys.
+    fn tunnel_ends(&self) -> BTreeMap<String, Ipv4Addr> {
+        if self.nets.secret.is_some() {
+            return self.peers.secure_peers().into_iter().map(|(host, peer)| (host, peer.tunnel)).collect();
+        }
+        let v4 = |(host, ip)| match ip {
+            IpAddr::V4(ip) => Some((host, ip)),
+            IpAddr::V6(_) => None,
+        };
+        self.peers.addresses().into_iter().filter_map(v4).collect()
+    }
+
     fn remote_members(&self, network: &FamilyNetwork) -> Vec<(Member, Ipv4Addr)> {
-        let addresses = self.peers.addresses();
+        let ends = self.tunnel_ends();
         let mut members = Vec::new();
         for (host, list) in &network.hosts {
-            if let Some(IpAddr::V4(ip)) = addresses.get(host) {
+            if let Some(ip) = ends.get(host) {
                 members.extend(list.iter().map(|m| (*m, *ip)));
             }
         }
@@ -428,17 +462,30 @@ impl Daemon {
     }
 
     /// Has the kernel know the members on other hosts as they are on record.
-    pub(crate) async fn apply_members(&self, family: FamilyId) -> ApiResult<()> {
+    pub(crate) async fn apply_members(self: &Arc<Self>, family: FamilyId) -> ApiResult<()> {
         let known = self.store.read(|s| s.network(family).cloned());
         let net = lock(&self.nets.families).get(&family).cloned();
         let (Some(known), Some(net)) = (known, net) else { return Ok(()) };
+        self.ask_for_keys(known.hosts.keys()).await;
         let host = self.host_net().await?.clone();
         let (remote, peers) = (self.remote_members(&known), self.peer_addresses());
+        let secure: Vec<_> = self.peers.secure_peers().into_values().collect();
         blocking("Members on other hosts can't be told to the kernel", move || {
             host.set_peers(&peers)?;
+            host.set_secure_peers(&secure)?;
             net.network.set_remote(&remote)
         })
         .await
+    }
+
+    /// The same for all families, after another host has told a new key.
+    pub(crate) async fn apply_all_members(self: &Arc<Self>) {
+        let families: Vec<_> = lock(&self.nets.families).keys().copied().collect();
+        for family in families {
+            if let Err(err) = self.apply_members(family).await {
+                tracing::error!(%family, "{err}");
+            }
+        }
     }
 
     /// Gives a VM that does not run yet its network card number `index`, with the filter for its address in place. Returns

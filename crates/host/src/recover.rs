@@ -88,6 +88,7 @@ impl Daemon {
         }
         if self.peers.files().trusted() {
             crate::peers::join::catch_up(&self.peers);
+            self.tell_key();
         }
         tokio::spawn(crate::logs::keep_short(self.config.clone()));
         tokio::spawn(self.clone().prepare_clones());

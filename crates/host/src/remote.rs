@@ -223,6 +223,9 @@ impl Daemon {
         if record.spec.disk.is_some() != request.disk.is_some() || (record.spec.nics > 0) != request.network.is_some() {
             return Err(ApiError::new(ErrorCode::BadRequest, "The checkpoint's machine and its parts don't fit"));
         }
+        if request.network.is_some() {
+            self.check_tunnel(&request.origin)?;
+        }
         let nics = request.clones.iter().map(|c| c.nic.map(|n| self.given_member(n)).transpose());
         let nics: Vec<_> = nics.collect::<ApiResult<_>>()?;
         let parent = Parent::of_checkpoint(&record);

@@ -316,6 +316,11 @@ impl Lab {
         }
     }
 
+    /// Gives other further arguments to every `rametd` that is started from now on.
+    pub fn set_daemon_args<T: Into<String>>(&mut self, args: impl IntoIterator<Item = T>) {
+        self.record.daemon_args = args.into_iter().map(Into::into).collect();
+    }
+
     /// Cuts host `number` off the others: packets are lost, no connection is told.
     ///
     /// # Errors

@@ -40,7 +40,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let plan = AddressPlan::default();
     let tunnel = Some(TunnelOptions::new(Ipv4Addr::LOCALHOST));
     let start = Instant::now();
-    let net = HostNet::open(HostNetOptions { state_dir: directory.clone(), tag: "cost".to_owned(), tunnel, plan })?;
+    let net = HostNet::open(HostNetOptions {
+        state_dir: directory.clone(),
+        tag: "cost".to_owned(),
+        tunnel,
+        secure: None,
+        plan,
+    })?;
     println!("{:<28} {:>8.1} ms", "open the host", start.elapsed().as_secs_f64() * 1e3);
     let start = Instant::now();
     let spec = NetworkSpec { name: "fam".to_owned(), vni: 7, egress: Egress::Nat, rate: None, mtu: 1450 };

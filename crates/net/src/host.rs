@@ -11,8 +11,9 @@ use serde_json::Value;
 
 use crate::network::{Inner, locked};
 use crate::rules::{self, Published};
+use crate::secure::Engine;
 use crate::space::{IP, NFT, Space, ip_batch, nft, sysctl};
-use crate::{AddressPlan, Egress, Error, Network, NetworkSpec, Proto, Result};
+use crate::{AddressPlan, Egress, Error, Network, NetworkSpec, Proto, Result, SecureOptions, SecurePeer};
 
 /// How a host takes part.
 #[derive(Clone, Debug)]
@@ -23,6 +24,9 @@ pub struct HostNetOptions {
     pub tag: String,
     /// The tunnel to other hosts; without one every network stays on this host.
     pub tunnel: Option<TunnelOptions>,
+    /// Encrypts the tunnel. Its `local` is then [`crate::secure_address`] of this host's number, and so are the addresses
+    /// of hosts that [`Network::set_remote`] is told.
+    pub secure: Option<SecureOptions>,
     /// Which member has which addresses.
     pub plan: AddressPlan,
 }
@@ -57,6 +61,9 @@ pub(crate) struct HostInner {
     networks: Mutex<HashMap<String, Weak<Inner>>>,
     /// Ports of this host that are forwarded, and for whom.
     pub(crate) ports: Mutex<HashMap<(Proto, u16), Port>>,
+    /// Encrypts the tunnel, while there is a network.
+    engine: Mutex<Option<Engine>>,
+    secure_peers: Mutex<Vec<SecurePeer>>,
     /// Held while a network is made or removed.
     work: Mutex<()>,
 }
@@ -173,16 +180,29 @@ impl HostNet {
         space.run(|| {
             let peers = set_elements("inet", &table, "peers")?;
             let peers: Vec<_> = peers.iter().filter_map(|peer| peer.as_str()?.parse().ok()).collect();
-            nft("install the host's rules", &rules::host(&options.tag, options.plan, options.tunnel, &peers))
+            let fabric = options.secure.as_ref().map(|secure| secure.fabric);
+            nft("install the host's rules", &rules::host(&options.tag, options.plan, options.tunnel, fabric, &peers))
         })?;
-        let inner =
-            HostInner { options, space, networks: Mutex::default(), ports: Mutex::default(), work: Mutex::default() };
+        let inner = HostInner {
+            options,
+            space,
+            networks: Mutex::default(),
+            ports: Mutex::default(),
+            engine: Mutex::default(),
+            secure_peers: Mutex::default(),
+            work: Mutex::default(),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Which member has which addresses.
     pub fn plan(&self) -> AddressPlan {
         self.inner.options.plan
+    }
+
+    /// The tunnel to other hosts.
+    pub fn tunnel(&self) -> Option<TunnelOptions> {
+        self.inner.options.tunnel
     }
 
     /// The hosts whose tunnel packets are let in; all others' are dropped. Replaces what was set before.
@@ -198,6 +218,38 @@ impl HostNet {
             script += &format!("add element inet {table} peers {{ {peers} }}\n");
         }
         self.inner.space.run(|| nft("set the peers of the tunnel", &script))
+    }
+
+    /// The hosts that encrypted tunnels lead to, in place of those before. Without [`HostNetOptions::secure`] none do.
+    /// [`HostNet::set_peers`] is to have their addresses too.
+    ///
+    /// # Errors
+    /// When what encrypts has ended, as it does when somebody deletes its device, and can't be started again.
+    pub fn set_secure_peers(&self, peers: &[SecurePeer]) -> Result<()> {
+        *locked(&self.inner.secure_peers) = peers.to_vec();
+        match &*locked(&self.inner.engine) {
+            Some(engine) if engine.alive() => engine.set_peers(peers),
+            Some(_) => {}
+            None => return Ok(()),
+        }
+        self.encrypt()
+    }
+
+    /// Encrypts, if this host is to and does not yet.
+    fn encrypt(&self) -> Result<()> {
+        let (Some(secure), Some(tunnel)) = (&self.inner.options.secure, self.inner.options.tunnel) else {
+            return Ok(());
+        };
+        let mut engine = locked(&self.inner.engine);
+        if engine.as_ref().is_some_and(Engine::alive) {
+            return Ok(());
+        }
+        // What is left of one has the socket.
+        engine.take();
+        let started = Engine::start(&self.inner.space, &self.inner.options.tag, secure, tunnel.local)?;
+        started.set_peers(&locked(&self.inner.secure_peers));
+        *engine = Some(started);
+        Ok(())
     }
 
     /// Makes a family's network on this host, or adopts the one of that name, or returns the one already open with the
@@ -219,6 +271,7 @@ impl HostNet {
         if spec.egress != Egress::None {
             self.inner.space.run(forward)?;
         }
+        self.encrypt()?;
         let network = Inner::make(&self.inner, spec, &directory.join(&spec.name), open)?;
         locked(&self.inner.networks).insert(spec.name.clone(), Arc::downgrade(&network));
         Ok(Network::new(network))
@@ -262,6 +315,9 @@ impl HostNet {
         if let Some(network) = open {
             network.end();
         }
+        if locked(&self.inner.networks).is_empty() {
+            locked(&self.inner.engine).take();
+        }
         let ports = self.inner.published(name);
         let table = self.inner.table();
         for published in ports {
@@ -288,6 +344,7 @@ impl HostNet {
     pub fn close(self) -> Result<()> {
         let table = self.inner.table();
         locked(&self.inner.ports).clear();
+        locked(&self.inner.engine).take();
         self.inner
             .space
             .run(|| nft("remove the host's rules", &format!("table inet {table} {{ }}\ndelete table inet {table}\n")))

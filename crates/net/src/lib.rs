@@ -18,8 +18,8 @@
 //! ([`Network::open_tap`], [`Network::admit`], [`Network::expel`], [`Network::set_remote`]) starts no process. Work for one family starts `ip`, `tc`
 //! and `nft`.
 //!
-//! VXLAN has no authentication. A peer is whoever sends from a peer's address, so an untrusted fabric needs an encrypting
-//! layer below.
+//! VXLAN has no authentication: a peer is whoever sends from a peer's address. On an untrusted fabric it goes through
+//! WireGuard ([`SecureOptions`]), which this process speaks itself; a peer is then whoever has its key.
 #![warn(missing_docs)]
 
 mod addr;
@@ -29,6 +29,7 @@ mod host;
 mod netlink;
 mod network;
 mod rules;
+mod secure;
 mod space;
 mod sys;
 
@@ -36,3 +37,4 @@ pub use addr::{AddressPlan, MacAddr, Member, Subnet};
 pub use error::{Error, Result};
 pub use host::{HostNet, HostNetOptions, TunnelOptions};
 pub use network::{Counters, DhcpOptions, Egress, Lease, Network, NetworkSpec, Proto, Tap};
+pub use secure::{SECURE_PORT, SecureOptions, SecurePeer, TunnelKey, TunnelSecret, secure_address};

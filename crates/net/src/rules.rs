@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
-use crate::{AddressPlan, Egress, Member, Proto, TunnelOptions};
+use crate::{AddressPlan, Egress, Member, Proto, SECURE_PORT, TunnelOptions};
 
 /// The table of the filter and that of routing in each family's namespace.
 pub(crate) const TABLE: &str = "ramet";
@@ -59,14 +59,43 @@ pub(crate) fn host_table(tag: &str) -> String {
     format!("ramet-{tag}")
 }
 
-/// The host's table, in place of the one that may be there.
-pub(crate) fn host(tag: &str, plan: AddressPlan, tunnel: Option<TunnelOptions>, peers: &[Ipv4Addr]) -> String {
+/// The host's table, in place of the one that may be there. `fabric`: this host's address in the open, when its tunnels are
+/// encrypted.
+pub(crate) fn host(
+    tag: &str,
+    plan: AddressPlan,
+    tunnel: Option<TunnelOptions>,
+    fabric: Option<Ipv4Addr>,
+    peers: &[Ipv4Addr],
+) -> String {
     let table = host_table(tag);
     let veths = format!("\"{}*\"", veth_prefix(tag));
     let network = plan.network();
     let peers = elements(&peers.iter().map(Ipv4Addr::to_string).collect::<Vec<_>>());
     let (mut guard, mut own) = (String::new(), String::new());
-    if let Some(TunnelOptions { local, port }) = tunnel {
+    if let (Some(TunnelOptions { local, port }), Some(fabric)) = (tunnel, fabric) {
+        // VXLAN by the encrypting device only, and by that nothing else. What is encrypted is taken from peers only, which
+        // saves the work on others'; their keys decide.
+        let device = secure_device(tag);
+        let ports = format!("{{ {port}, {SECURE_PORT} }}");
+        guard = format!(
+            "iifname {veths} udp dport {ports} drop
+             iifname \"lo\" udp dport {ports} drop
+             meta nfproto ipv6 udp dport {ports} drop
+             udp dport {port} iifname != \"{device}\" drop
+             iifname \"{device}\" meta l4proto != udp drop
+             iifname \"{device}\" udp dport != {port} drop
+             iifname \"{device}\" ip daddr != {local} drop
+             udp dport {SECURE_PORT} ip saddr != @peers drop
+             udp dport {SECURE_PORT} ip daddr != {fabric} drop
+             udp dport {SECURE_PORT} fib saddr . iif oif missing drop"
+        );
+        // Without the device, as after a crash, the route to it is gone too: nothing may go another way in the open.
+        own = format!(
+            "udp dport {port} meta skuid != 0 drop
+             udp dport {port} oifname != \"{device}\" drop"
+        );
+    } else if let Some(TunnelOptions { local, port }) = tunnel {
         // VXLAN has no authentication, so only peers may send to its port, and only by the way that leads back to them.
         // A family's packet would leave with this host's address, which the others trust.
         guard = format!(
@@ -282,4 +311,9 @@ pub(crate) fn replace_element(table: &str, old: Option<&str>, new: Option<(&str,
         let _ = writeln!(script, "add element inet {table} published {{ {key} : {value} }}");
     }
     script
+}
+
+/// The device that encrypts a daemon's tunnels.
+pub(crate) fn secure_device(tag: &str) -> String {
+    format!("rw{tag}")
 }

@@ -20,6 +20,8 @@ struct IfReq {
 const _: () = assert!(size_of::<IfReq>() == 40);
 
 const TUNSETIFF: Opcode = 0x4004_54ca;
+/// A device of IP packets.
+const IFF_TUN: u16 = 0x0001;
 /// A device of Ethernet frames.
 const IFF_TAP: u16 = 0x0002;
 /// No header of packet information.
@@ -53,10 +55,16 @@ unsafe impl Ioctl for SetIff<'_> {
 /// Makes the tap `name` and attaches it to `tun`, a descriptor of `/dev/net/tun`. The namespace is the one in which that
 /// was opened.
 pub(crate) fn attach_tap(tun: impl AsFd, name: &str, vnet_header: bool) -> io::Result<()> {
-    let mut request = IfReq { name: [0; 16], flags: IFF_TAP | IFF_NO_PI | IFF_TUN_EXCL, rest: [0; 22] };
-    if vnet_header {
-        request.flags |= IFF_VNET_HDR;
-    }
+    attach(tun, name, if vnet_header { IFF_TAP | IFF_VNET_HDR } else { IFF_TAP })
+}
+
+/// Makes the device `name` of IP packets, as [`attach_tap`] does a tap.
+pub(crate) fn attach_tun(tun: impl AsFd, name: &str) -> io::Result<()> {
+    attach(tun, name, IFF_TUN)
+}
+
+fn attach(tun: impl AsFd, name: &str, flags: u16) -> io::Result<()> {
+    let mut request = IfReq { name: [0; 16], flags: flags | IFF_NO_PI | IFF_TUN_EXCL, rest: [0; 22] };
     if name.len() >= request.name.len() {
         return Err(io::ErrorKind::InvalidInput.into());
     }

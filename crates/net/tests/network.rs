@@ -7,7 +7,7 @@ mod support;
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use ramet_net::{DhcpOptions, Egress, Error, HostNet, MacAddr, Member, Proto};
+use ramet_net::{DhcpOptions, Egress, Error, HostNet, MacAddr, Member, Proto, SECURE_PORT};
 use support::*;
 
 const WAIT: Duration = Duration::from_millis(800);
@@ -70,6 +70,102 @@ fn members_reach_one_another_on_one_host_and_over_the_tunnel() {
     on_a.set_remote(&[(far.member, pair.b.address)]).unwrap();
     assert!(first.reaches(&far, b"again") && far.reaches(&first, b"again too"));
     assert!(on_a.set_remote(&[(gateway, pair.b.address)]).is_err());
+}
+
+/// Waits for a connection between hosts, and sends until then.
+fn reaches_in_time(from: &Guest, to: &Guest, text: &[u8]) -> bool {
+    (0..20).any(|_| from.reaches(to, text))
+}
+
+#[test]
+fn encrypted_tunnels_show_no_frame_and_take_none_from_strangers() {
+    let fabric = Fabric::new();
+    let (mut a, b) = (Host::secure(&fabric, 1), Host::secure(&fabric, 2));
+    a.befriend(2);
+    b.befriend(1);
+    let (on_a, on_b) = (a.family("fam", VNI, Egress::None), b.family("fam", VNI, Egress::None));
+    let (first, far) = (a.guest(&on_a, "tap0", 2), b.guest(&on_b, "tap0", 2));
+    on_a.set_remote(&[(far.member, b.address)]).unwrap();
+    on_b.set_remote(&[(first.member, a.address)]).unwrap();
+    assert!(reaches_in_time(&first, &far, b"there") && far.reaches(&first, b"and back"));
+    // The largest packet of a member: 1450 with its headers.
+    let large: Vec<u8> = (0..1422).map(|n| n as u8).collect();
+    assert!(first.reaches(&far, &large) && far.reaches(&first, &large));
+    assert!(fabric.count("secure") >= 6);
+    assert_eq!(fabric.count("packets"), 0, "none in the open");
+
+    // A stranger: frames in the open, as itself, as the peer, and to the address in the tunnel; and encrypted by its own key.
+    let right = vxlan(VNI, &udp(far.member.mac, first.member, far.member.ip, 1, 2, b"injected"));
+    let arrives = || far.drain().iter().any(|frame| frame.ends_with(b"injected"));
+    let mac = b.place.sh("ip -o link show eth0 | sed 's/.*ether \\([^ ]*\\).*/\\1/'");
+    let mut stranger = Host::secure(&fabric, 3);
+    stranger.place.sh(&format!(
+        "ip addr add 10.77.0.1/32 dev eth0; ip neigh add 10.77.0.2 lladdr {} dev eth0 nud permanent; nft flush ruleset",
+        mac.trim()
+    ));
+    b.place.sh("for f in all eth0; do echo 0 > /proc/sys/net/ipv4/conf/$f/rp_filter; done");
+    let inject = |host: &Host, from: Ipv4Addr, to: (Ipv4Addr, u16), payload: &[u8]| {
+        host.place.run(|| {
+            let socket = UdpSocket::bind((from, if to.1 == SECURE_PORT { SECURE_PORT } else { 0 })).unwrap();
+            for _ in 0..3 {
+                let _ = socket.send_to(payload, to);
+            }
+        });
+    };
+    let open = Ipv4Addr::new(10, 77, 0, 2);
+    for from in [Ipv4Addr::new(10, 77, 0, 3), Ipv4Addr::new(10, 77, 0, 1)] {
+        let control = b.place.run(|| UdpSocket::bind((open, 9)).unwrap());
+        control.set_read_timeout(Some(WAIT)).unwrap();
+        inject(&stranger, from, (open, 9), b"control");
+        assert_eq!(datagram(&control).unwrap().0, b"control", "from {from}");
+        inject(&stranger, from, (open, 4789), &right);
+        assert!(!arrives(), "in the open from {from}");
+        for kind in 1..=4u8 {
+            let forged = [&[kind, 0, 0, 0, 0, 1, 0, 0][..], &right, &[0; 148]].concat();
+            for length in [32, 64, 92, 148, forged.len()] {
+                inject(&stranger, from, (open, SECURE_PORT), &forged[..length.min(forged.len())]);
+            }
+        }
+        assert!(!arrives(), "forged from {from}");
+    }
+    stranger.place.sh("ip addr add 169.254.190.2/32 dev eth0; ip route add 169.254.190.0/23 via 10.77.0.2");
+    inject(&stranger, a.address, (b.address, 4789), &right);
+    assert!(!arrives(), "to the address in the tunnel");
+    stranger
+        .place
+        .sh("ip addr del 169.254.190.2/32 dev eth0; ip route del 169.254.190.0/23; ip addr del 10.77.0.1/32 dev eth0");
+    stranger.open_again();
+    stranger.befriend(2);
+    let on_stranger = stranger.family("fam", VNI, Egress::None);
+    let forger = stranger.guest(&on_stranger, "tap0", 2);
+    on_stranger.set_remote(&[(far.member, b.address)]).unwrap();
+    on_b.set_remote(&[(first.member, a.address), (forger.member, stranger.address)]).unwrap();
+    assert!(!forger.reaches(&far, b"by its own key"));
+    b.net.set_peers(&[Ipv4Addr::new(10, 77, 0, 1), Ipv4Addr::new(10, 77, 0, 3)]).unwrap();
+    assert!(!forger.reaches(&far, b"when its address is let in"));
+    b.net.set_secure_peers(&[secure_peer(1), secure_peer(3)]).unwrap();
+    assert!(reaches_in_time(&forger, &far, b"when its key is"));
+    assert!(first.reaches(&far, b"the old connection has gone on"));
+
+    // While nobody encrypts, nothing leaves, whatever way there is.
+    a.place.sh("ip link del rwt; ip route add default via 10.77.0.100");
+    assert!(!first.reaches(&far, b"in the open") && !first.reaches(&far, b"by the default route"));
+    assert_eq!(fabric.count("packets"), 9, "those of the stranger only");
+    a.place.sh("ip route del default");
+    a.befriend(2);
+    assert!(reaches_in_time(&first, &far, b"with a new device") && far.reaches(&first, b"and back"));
+    drop(on_a);
+    a.open_again();
+    a.befriend(2);
+    let on_a = a.family("fam", VNI, Egress::None);
+    on_a.set_remote(&[(far.member, b.address)]).unwrap();
+    assert!(reaches_in_time(&first, &far, b"by the next daemon") && far.reaches(&first, b"and back"));
+    assert_eq!(fabric.count("packets"), 9);
+    drop((on_a, on_b, on_stranger));
+    for host in [&a, &b, &stranger] {
+        host.net.remove("fam").unwrap();
+        assert!(!host.place.sh("ip -br link").contains("rwt"), "the device is gone with the last network");
+    }
 }
 
 #[test]

@@ -281,7 +281,7 @@ pub fn network_child(rounds: u16) -> Result<()> {
     let plan = AddressPlan::default();
     let tunnel = Some(TunnelOptions::new(Ipv4Addr::LOCALHOST));
     let state_dir = directory.path().to_owned();
-    let net = HostNet::open(HostNetOptions { state_dir, tag: "cost".to_owned(), tunnel, plan })?;
+    let net = HostNet::open(HostNetOptions { state_dir, tag: "cost".to_owned(), tunnel, secure: None, plan })?;
     let spec = NetworkSpec { name: "fam".to_owned(), vni: 7, egress: Egress::Nat, rate: None, mtu: 1450 };
     let network = net.ensure(&spec)?;
     let mut times = NetworkTimes::default();

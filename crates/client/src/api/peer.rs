@@ -138,6 +138,15 @@ pub struct PeerBoot {
     pub cmdline: String,
 }
 
+/// `PUT /v1/peer/tunnel`, and its answer: how a host encrypts its tunnels.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PeerTunnel {
+    /// Its public key (X25519), base64; none: it does not encrypt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+}
+
 /// First part of the body of `POST /v1/peer/clones`: 4 bytes little-endian length, this as JSON, then the descriptor.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -109,6 +109,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/peer/pool", post(peer::pool))
         .route("/v1/peer/families/{family}/members", put(peer::members))
         .route("/v1/peer/boot/{hash}", get(peer::boot))
+        .route("/v1/peer/tunnel", put(peer::tunnel))
         .route("/v1/peer/images/{id}", get(peer::image).delete(peer::image_drop))
         .route("/v1/peer/leases/{lease}", delete(peer::abort))
         .route("/v1/peer/leases/{lease}/commit", post(peer::commit))

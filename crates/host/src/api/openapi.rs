@@ -58,6 +58,7 @@ use super::{checkpoints, hosts, networks, peer, upgrade, vms};
         peer::pool,
         peer::members,
         peer::boot,
+        peer::tunnel,
         peer::image,
         peer::image_drop,
         peer::abort,

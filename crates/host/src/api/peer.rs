@@ -9,7 +9,7 @@ use axum::{
 };
 use ramet_client::api::{
     CloneResponse, ErrorBody, ErrorCode, PeerCommit, PeerHosts, PeerImageUse, PeerJoinReply, PeerJoinRequest,
-    PeerMembers, PeerPoolRequest, PoolStatus,
+    PeerMembers, PeerPoolRequest, PeerTunnel, PoolStatus,
 };
 
 use super::{Answer, Body, Caller, Daemonic};
@@ -125,4 +125,15 @@ pub(super) async fn members(
 ) -> ApiResult<StatusCode> {
     daemon.peer_members(sender(&caller)?, &family, &request).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Tells keys of encrypted tunnels: the sender's, and this host's in the answer. A host without one does not encrypt.
+#[utoipa::path(put, path = "/v1/peer/tunnel", tag = "peer", request_body = PeerTunnel,
+    responses((status = 200, body = PeerTunnel), (status = "default", body = ErrorBody)))]
+pub(super) async fn tunnel(
+    State(daemon): Daemonic,
+    Extension(caller): Extension<Caller>,
+    Body(request): Body<PeerTunnel>,
+) -> Answer<PeerTunnel> {
+    Ok(Json(daemon.peer_tunnel(sender(&caller)?, &request)?))
 }

@@ -17,6 +17,9 @@ use tokio::signal::unix::{SignalKind, signal};
 /// The port that hosts reach each other at, unless told otherwise.
 const PORT: u16 = 7391;
 
+/// What is logged unless told otherwise. To the WireGuard library a host that is down is an error.
+const LOG: &str = "info,boringtun=off";
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Accel {
     Tcg,
@@ -55,6 +58,10 @@ struct Arguments {
     /// hosts of a group must have the same.
     #[arg(long, value_name = "NETWORK")]
     guest_network: Option<ramet_net::Subnet>,
+    /// Encrypt what VMs on different hosts say to each other (WireGuard, UDP port 7392). All hosts of a group must do so,
+    /// or none. Needs --listen with an IPv4 address.
+    #[arg(long)]
+    encrypt_tunnel: bool,
     /// Where ramet-pager and libramet_shim.so are. Default: where rametd is.
     #[arg(long)]
     bin_dir: Option<PathBuf>,
@@ -127,6 +134,7 @@ fn configure(arguments: Arguments) -> anyhow::Result<Config> {
     if let Some(network) = arguments.guest_network {
         config.guest_network = network;
     }
+    config.encrypt_tunnel = arguments.encrypt_tunnel;
     if let Some(dir) = arguments.bin_dir {
         config.bin_dir = dir;
     }
@@ -200,7 +208,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("RAMET_LOG").unwrap_or_else(|_| "info".into()))
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("RAMET_LOG").unwrap_or_else(|_| LOG.into()))
         .with_writer(std::io::stderr)
         .init();
     let doctor = arguments.doctor;

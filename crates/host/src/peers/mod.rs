@@ -19,6 +19,7 @@ use ramet_client::{
     api::{ErrorCode, HostEntry, PeerAddress},
     transport::{BoxIo, Connect, Connecting},
 };
+use ramet_net::{SecurePeer, TunnelKey, secure_address};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,7 @@ use crate::{
     error::{ApiError, ApiResult, from_peer},
     names::shown,
     stats::{lock, us},
+    tunnel,
 };
 
 /// How long a host may take to say that it lives.
@@ -82,6 +84,9 @@ pub(crate) async fn ask<T>(
 struct Known {
     address: String,
     number: u8,
+    /// Its key for encrypted tunnels, once it has told it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tunnel_key: Option<String>,
 }
 
 /// The other hosts of the group.
@@ -160,19 +165,56 @@ impl Peers {
         let mut known = lock(&self.known);
         let mut next = known.clone();
         for host in hosts {
-            next.insert(host.name.clone(), Known { address: host.address.clone(), number: host.number });
+            let tunnel_key = known.get(&host.name).and_then(|k| k.tunnel_key.clone());
+            next.insert(host.name.clone(), Known { address: host.address.clone(), number: host.number, tunnel_key });
         }
         if next == *known {
             return Ok(false);
         }
-        let temp = self.path.with_extension("new");
-        fs::write(&temp, serde_json::to_vec_pretty(&next)?)
-            .and_then(|()| fs::rename(&temp, &self.path))
-            .with_context(|| format!("Failed to write {}", self.path.display()))?;
+        self.write(&next)?;
         *known = next;
         // Addresses may have changed.
         lock(&self.clients).clear();
         Ok(true)
+    }
+
+    fn write(&self, known: &BTreeMap<String, Known>) -> anyhow::Result<()> {
+        let temp = self.path.with_extension("new");
+        fs::write(&temp, serde_json::to_vec_pretty(known)?)
+            .and_then(|()| fs::rename(&temp, &self.path))
+            .with_context(|| format!("Failed to write {}", self.path.display()))
+    }
+
+    /// Takes note of a host's key for encrypted tunnels, and returns whether it was new. That of a host that is not known
+    /// is not kept.
+    ///
+    /// # Errors
+    /// When that can't be written down.
+    pub(crate) fn set_tunnel_key(&self, host: &str, key: TunnelKey) -> anyhow::Result<bool> {
+        let mut known = lock(&self.known);
+        let mut next = known.clone();
+        let Some(entry) = next.get_mut(host) else { return Ok(false) };
+        entry.tunnel_key = Some(tunnel::encode(key));
+        if next == *known {
+            return Ok(false);
+        }
+        self.write(&next)?;
+        *known = next;
+        Ok(true)
+    }
+
+    /// The other hosts that have told a key for encrypted tunnels, by name.
+    pub(crate) fn secure_peers(&self) -> BTreeMap<String, SecurePeer> {
+        let known = lock(&self.known);
+        let peer = |k: &Known| match k.address.parse::<SocketAddr>().ok()?.ip() {
+            IpAddr::V4(fabric) => {
+                let key = tunnel::decode(k.tunnel_key.as_deref()?)?;
+                Some(SecurePeer { fabric, tunnel: secure_address(k.number), key })
+            }
+            IpAddr::V6(_) => None,
+        };
+        let others = known.iter().filter(|(name, _)| **name != self.name);
+        others.filter_map(|(name, k)| Some((name.clone(), peer(k)?))).collect()
     }
 
     /// A client of that host.
@@ -255,6 +297,26 @@ mod tests {
         let again = peers(&dir);
         assert_eq!(again.hosts(), [h2]);
         assert!(again.client("h9").unwrap_err().to_string().contains("known hosts: h2"));
+    }
+
+    #[test]
+    fn keys_stay_with_their_hosts() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = peers(&dir);
+        let (key, at) = (TunnelKey([3; 32]), |port: u16| PeerAddress {
+            name: "h2".into(),
+            address: format!("10.0.0.2:{port}"),
+            number: 1,
+        });
+        assert!(!first.set_tunnel_key("h2", key).unwrap(), "a host that is not known");
+        first.learn(&[at(1)]).unwrap();
+        assert!(first.secure_peers().is_empty());
+        assert!(first.set_tunnel_key("h2", key).unwrap());
+        assert!(!first.set_tunnel_key("h2", key).unwrap(), "nothing new");
+        first.learn(&[at(2)]).unwrap();
+        let again = peers(&dir).secure_peers();
+        let peer = SecurePeer { fabric: "10.0.0.2".parse().unwrap(), tunnel: secure_address(1), key };
+        assert_eq!(again, BTreeMap::from([("h2".to_owned(), peer)]));
     }
 
     #[tokio::test]

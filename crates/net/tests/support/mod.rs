@@ -11,7 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ramet_net::{
-    AddressPlan, Egress, HostNet, HostNetOptions, MacAddr, Member, Network, NetworkSpec, Tap, TunnelOptions,
+    AddressPlan, Egress, HostNet, HostNetOptions, MacAddr, Member, Network, NetworkSpec, SecureOptions, SecurePeer,
+    Tap, TunnelOptions, TunnelSecret, secure_address,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -83,10 +84,12 @@ impl Fabric {
         // Behind UDP (8 bytes) and VXLAN (8): the inner frame's destination, and its type.
         place.sh("nft 'table bridge watch {
                counter packets_seen { }
+               counter secure_seen { }
                counter arp_seen { }
                counter group_seen { }
                chain pre { type filter hook prerouting priority 0; policy accept;
                  udp dport 4789 counter name packets_seen
+                 udp dport 7392 counter name secure_seen
                  udp dport 4789 @th,224,16 0x0806 counter name arp_seen
                  udp dport 4789 @th,128,8 & 1 == 1 counter name group_seen
                }
@@ -129,11 +132,44 @@ pub(crate) fn options(directory: &std::path::Path, number: u8) -> HostNetOptions
         state_dir: directory.to_owned(),
         tag: "t".to_owned(),
         tunnel: Some(TunnelOptions::new(Ipv4Addr::new(10, 77, 0, number))),
+        secure: None,
         plan: AddressPlan::default(),
     }
 }
 
+/// The same, encrypted.
+pub(crate) fn secure_options(directory: &std::path::Path, number: u8) -> HostNetOptions {
+    let secure = SecureOptions { secret: secret(number), fabric: Ipv4Addr::new(10, 77, 0, number) };
+    let tunnel = Some(TunnelOptions::new(secure_address(number)));
+    HostNetOptions { tunnel, secure: Some(secure), ..options(directory, number) }
+}
+
+fn secret(number: u8) -> TunnelSecret {
+    TunnelSecret::from_bytes([number; 32])
+}
+
+/// A host as others know it whose tunnels are encrypted.
+pub(crate) fn secure_peer(number: u8) -> SecurePeer {
+    let fabric = Ipv4Addr::new(10, 77, 0, number);
+    SecurePeer { fabric, tunnel: secure_address(number), key: secret(number).public() }
+}
+
 impl Host {
+    /// One whose tunnels are encrypted.
+    pub(crate) fn secure(fabric: &Fabric, number: u8) -> Self {
+        let place = fabric.place("host", number);
+        let directory = tempfile::tempdir().unwrap();
+        let net = place.run(|| HostNet::open(secure_options(directory.path(), number)).unwrap());
+        Self { place, address: secure_address(number), number, net, directory }
+    }
+
+    /// Lets a host in, as all in the group do.
+    pub(crate) fn befriend(&self, number: u8) {
+        let peer = secure_peer(number);
+        self.net.set_peers(&[peer.fabric]).unwrap();
+        self.net.set_secure_peers(&[peer]).unwrap();
+    }
+
     pub(crate) fn new(fabric: &Fabric, number: u8) -> Self {
         let place = fabric.place("host", number);
         let directory = tempfile::tempdir().unwrap();
@@ -142,6 +178,7 @@ impl Host {
     }
 
     pub(crate) fn open_again(&mut self) {
+        let options = if self.address == secure_address(self.number) { secure_options } else { options };
         self.net = self.place.run(|| HostNet::open(options(self.directory.path(), self.number)).unwrap());
     }
 
