@@ -12,6 +12,7 @@
 //! | [`clone`], [`local`], [`remote`] | forks: plan, make (here, on other hosts), commit or undo |
 //! | `prepared` | clones of a checkpoint that are loaded before anybody asks for them |
 //! | `disks` | overlays over golden images: frozen at checkpoints, served to other hosts, merged, removed |
+//! | `keep` | a VM's disk as a new image, at the VM's end |
 //! | `nets` | families' private networks: addresses, taps, published ports, what other hosts are told |
 //! | [`leases`] | VMs that live as long as a connection |
 //! | [`pagers`] | supervision of pagers, and the client of their control sockets |
@@ -33,6 +34,7 @@ pub mod daemon;
 mod disks;
 pub mod error;
 pub mod guest;
+mod keep;
 pub mod leases;
 pub mod local;
 pub mod logs;
