@@ -68,7 +68,7 @@ pub async fn probe(config: &DoctorConfig) -> Vec<Finding> {
         findings.push(program_found(program, needed).await);
     }
     let networks = tokio::task::spawn_blocking(ramet_net::try_out).await;
-    findings.extend(networks.map_or_else(|_| Vec::new(), |tried| network_findings(tried)));
+    findings.extend(networks.map_or_else(|_| Vec::new(), network_findings));
     findings
 }
 
