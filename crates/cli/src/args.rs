@@ -383,9 +383,12 @@ pub(crate) struct RmArgs {
     /// VMs: names, ids, or the first digits of ids.
     #[arg(required = true, value_name = "VM")]
     pub(crate) vms: Vec<String>,
-    /// Remove them even while they run.
+    /// Remove them even while they run. With `--keep-disk`: do not ask the guest to write its file systems out.
     #[arg(long, short)]
     pub(crate) force: bool,
+    /// Keep the disk of a VM that runs, as it is now, as a new image of its host. If that fails, the VM goes on.
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) keep_disk: Option<String>,
 }
 
 /// `ramet stats`

@@ -79,7 +79,19 @@ fn the_doctor_tells_of_everything_it_looked_at() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let findings = report["findings"].as_array().unwrap();
     let text = findings.iter().map(|f| f["name"].as_str().unwrap().to_lowercase()).collect::<Vec<_>>().join(" ");
-    for thing in ["kvm", "userfaultfd", "pagemap", "tun", "memory", "privileges", "qemu"] {
+    for thing in [
+        "kvm",
+        "userfaultfd",
+        "pagemap",
+        "tun",
+        "memory",
+        "privileges",
+        "qemu-img",
+        "storage-daemon",
+        "mmdebstrap",
+        "vxlan",
+        "nftables",
+    ] {
         assert!(text.contains(thing), "no finding about {thing}: {text}");
     }
     for finding in findings.iter().filter(|f| f["status"] != "ok") {

@@ -149,6 +149,16 @@ impl Client {
         self.none(Method::DELETE, &format!("/v1/vms/{}?force={force}", quote(vm))).await
     }
 
+    /// Removes a VM that runs and keeps its disk as the image `image` of its host. `force`: without asking its agent to
+    /// write its file systems out. Meanwhile [`Client::vm`] tells how far it is.
+    ///
+    /// # Errors
+    /// [`Error`]; the VM goes on then.
+    pub async fn remove_vm_keeping_disk(&self, vm: &str, image: &str, force: bool) -> Result<(), Error> {
+        let path = format!("/v1/vms/{}?force={force}&keep_disk={}", quote(vm), quote(image));
+        self.none(Method::DELETE, &path).await
+    }
+
     /// Memory, counters and latencies of a VM.
     ///
     /// # Errors

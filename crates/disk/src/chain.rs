@@ -211,7 +211,27 @@ impl ChainPaths {
 
     /// The overlays without what lies below them, as a file name for `qemu-img`.
     fn overlays(&self) -> Result<String, ChainError> {
-        let mut below = Value::Null;
+        self.over(Value::Null)
+    }
+
+    /// The whole disk, as a file name for `qemu-img -U`.
+    ///
+    /// # Errors
+    /// [`ChainError`].
+    pub fn whole(&self) -> Result<String, ChainError> {
+        self.check()?;
+        self.over(match (&self.origin, &self.golden) {
+            (Some(socket), _) => {
+                json!({"driver": "nbd", "export": "", "server": {"type": "unix", "path": text(socket)?}})
+            }
+            (None, Some(path)) => {
+                json!({"driver": "raw", "file": {"driver": "file", "filename": text(path)?, "drop-cache": false}})
+            }
+            (None, None) => Value::Null,
+        })
+    }
+
+    fn over(&self, mut below: Value) -> Result<String, ChainError> {
         for path in &self.layers {
             below = json!({
                 "driver": "qcow2", "backing": below,

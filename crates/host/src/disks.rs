@@ -162,6 +162,21 @@ impl Daemon {
         Ok(DiskChain { base, layers: disk.frozen.layers.iter().map(path).collect(), active: path(&disk.active) })
     }
 
+    /// What a VM's disk is made of, its own overlay on top.
+    pub(crate) async fn disk_files(&self, family: FamilyId, disk: &VmDisk) -> ApiResult<ChainPaths> {
+        let golden = match disk.frozen.origin {
+            Some(_) => None,
+            None => Some(self.golden_file(&disk.frozen.golden).await?),
+        };
+        let layers = disk.frozen.layers.iter().chain([&disk.active]);
+        Ok(ChainPaths {
+            size: disk.frozen.size.bytes(),
+            golden,
+            origin: disk.frozen.origin.as_ref().map(|o| o.socket.clone()),
+            layers: layers.map(|l| self.overlay_path(family, *l)).collect(),
+        })
+    }
+
     /// Gives a VM that does not run yet its disk and data volumes. Its overlay is made here.
     pub(crate) async fn attach_disk(
         &self,

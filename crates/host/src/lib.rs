@@ -13,6 +13,7 @@
 //! | `prepared` | clones of a checkpoint that are loaded before anybody asks for them |
 //! | `reboot` | clones that boot anew: another QEMU, with the kernel of their image or of another host's |
 //! | `disks` | overlays over golden images: frozen at checkpoints, served to other hosts, merged, removed |
+//! | `keep` | a VM's disk as a new image, at the VM's end |
 //! | `nets` | families' private networks: addresses, taps, published ports, what other hosts are told |
 //! | `tunnel` | encrypted tunnels: this host's key, and how hosts learn each other's |
 //! | [`leases`] | VMs that live as long as a connection |
@@ -35,6 +36,7 @@ pub mod daemon;
 mod disks;
 pub mod error;
 pub mod guest;
+mod keep;
 pub mod leases;
 pub mod local;
 pub mod logs;

@@ -11,8 +11,8 @@ use std::{
 };
 
 use ramet_client::api::{
-    CloneOptions, Counters, Egress, ErrorCode, MemoryUse, RunRequest, StopRequest, Timeline, UnreachableHost, VmInfo,
-    VmList, VmState, VmStats,
+    CloneOptions, Counters, Egress, ErrorCode, MemoryUse, RemoveVmQuery, RunRequest, StopRequest, Timeline,
+    UnreachableHost, VmInfo, VmList, VmState, VmStats,
 };
 use ramet_guest::host::AgentClient;
 use ramet_memory::{FamilyId, VmId};
@@ -49,11 +49,13 @@ pub struct Running {
     pub(crate) console: Arc<AtomicBool>,
     /// Its end is wanted: no crash.
     pub(crate) ending: AtomicBool,
-    /// A checkpoint has it stand still.
+    /// A checkpoint, or the keeping of its disk, has it stand still.
     pub(crate) paused: AtomicBool,
     pub(crate) timeline: Mutex<Option<Timeline>>,
     /// Its disk's layers are being merged.
     pub(crate) merging: AtomicBool,
+    /// How far the keeping of its disk is, which has it stand still.
+    pub(crate) keeping: Mutex<Option<String>>,
     /// Why it stands still, when its disk failed.
     pub(crate) disk_trouble: Mutex<Option<String>>,
 }
@@ -368,6 +370,7 @@ impl Daemon {
             paused: AtomicBool::new(false),
             timeline: Mutex::default(),
             merging: AtomicBool::new(false),
+            keeping: Mutex::default(),
             disk_trouble: Mutex::default(),
         });
         lock(&self.running).insert(id, running.clone());
@@ -561,13 +564,22 @@ impl Daemon {
         self.discard(id).await;
     }
 
-    /// Removes a VM.
+    /// Removes a VM, once its disk is an image of its own if that is wanted.
     ///
     /// # Errors
-    /// [`ErrorCode::NotFound`]; [`ErrorCode::InUse`] when it runs and `force` is not given.
-    pub async fn remove_vm(self: &Arc<Self>, wanted: &str, force: bool) -> ApiResult<()> {
+    /// [`ErrorCode::NotFound`]; [`ErrorCode::InUse`] when it runs and `force` is not given; when its disk can't be kept.
+    pub async fn remove_vm(self: &Arc<Self>, wanted: &str, query: &RemoveVmQuery) -> ApiResult<()> {
         let vm = self.find_vm(wanted)?;
-        if vm.alive() && !force {
+        if let Some(image) = query.keep_disk.clone() {
+            let (daemon, force) = (self.clone(), query.force);
+            return to_the_end(async move {
+                daemon.keep_disk(vm.id, &image, force).await?;
+                daemon.end_vm(vm.id).await;
+                Ok(())
+            })
+            .await;
+        }
+        if vm.alive() && !query.force {
             return Err(ApiError::new(ErrorCode::InUse, format!("VM '{}' runs", vm.name))
                 .remedy(format!("`ramet stop {0}` first, or `ramet rm --force {0}`", vm.name)));
         }
@@ -675,7 +687,10 @@ impl Daemon {
             (VmState::Running, Some(reason)) => (VmState::Stalled, Some(reason)),
             // A daemon before this one started it.
             (VmState::Running, _) if running.is_none() => (VmState::Stalled, vm.reason.clone()),
-            (VmState::Running, _) if paused => (VmState::Paused, Some("a checkpoint is being taken".to_owned())),
+            (VmState::Running, _) if paused => {
+                let keeping = running.as_ref().and_then(|r| lock(&r.keeping).clone());
+                (VmState::Paused, keeping.or_else(|| Some("a checkpoint is being taken".to_owned())))
+            }
             (state, _) => (state, vm.reason.clone()),
         };
         VmInfo {

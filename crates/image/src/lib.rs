@@ -20,7 +20,7 @@ mod tree;
 pub use build::{BuildOptions, Progress, Stage, parse_add};
 pub use debian::DEFAULT_DISK_SIZE;
 pub use error::ImageError;
-pub use store::{DiskRecord, FileRecord, Image, ImageStore, Kind, Manifest};
+pub use store::{DiskRecord, FileRecord, Image, ImageStore, Kind, Manifest, NewImage};
 
 /// Name of the image that is used when none is given.
 pub const DEFAULT_NAME: &str = "default";

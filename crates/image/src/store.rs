@@ -196,6 +196,36 @@ impl Image {
     }
 }
 
+/// An image in the making, of which nobody sees anything yet.
+#[derive(Debug)]
+pub struct NewImage {
+    store: ImageStore,
+    manifest: Manifest,
+    work: tempfile::TempDir,
+    _lock: File,
+}
+
+impl NewImage {
+    const DISK: &'static str = "disk";
+
+    /// Where its disk is to be written: a raw file, which is not there yet.
+    pub fn disk(&self) -> PathBuf {
+        self.work.path().join(Self::DISK)
+    }
+
+    /// Reads the disk once, to know it again, and shows the image to all.
+    ///
+    /// # Errors
+    /// When the disk can't be read; no image is there then.
+    pub fn finish(mut self) -> Result<Image, ImageError> {
+        let path = self.disk();
+        // It is all that is left of a machine.
+        File::open(&path).and_then(|file| file.sync_all()).named("write", &path)?;
+        self.manifest.disk = Some(disk_record_of(self.work.path(), Self::DISK, self.manifest.created)?);
+        self.store.publish(self.work, self.manifest)
+    }
+}
+
 /// A directory of images. Methods block; images are seen only when complete.
 #[derive(Clone, Debug)]
 pub struct ImageStore {
@@ -288,6 +318,26 @@ impl ImageStore {
             disk: None,
         };
         self.publish(work, manifest)
+    }
+
+    /// Begins an image that has the kernel of another one and a disk that is still to be written. Keeps other writers of
+    /// this store out until it is finished or dropped; after that nothing is left of one that was not finished.
+    ///
+    /// # Errors
+    /// [`ImageError::BadName`], [`ImageError::Exists`], or when files can't be copied.
+    pub fn begin_with_disk(&self, name: &str, of: &Image) -> Result<NewImage, ImageError> {
+        check_name(name)?;
+        let lock = self.lock()?;
+        if self.dir.join(name).symlink_metadata().is_ok() {
+            return Err(ImageError::Exists { name: name.to_owned() });
+        }
+        let work = self.workplace()?;
+        for record in std::iter::once(&of.manifest.kernel).chain(&of.manifest.initrd) {
+            let from = of.dir.join(&record.file);
+            fs::copy(&from, work.path().join(&record.file)).named("copy", &from)?;
+        }
+        let manifest = Manifest { name: name.to_owned(), created: now(), disk: None, ..of.manifest.clone() };
+        Ok(NewImage { store: self.clone(), manifest, work, _lock: lock })
     }
 
     fn manifest(&self, name: &str) -> Result<Manifest, ImageError> {
@@ -580,6 +630,36 @@ mod tests {
         assert!(store.load("tiny").unwrap_err().to_string().contains("bytes instead of"));
         fs::remove_file(&path).unwrap();
         assert!(store.load("tiny").unwrap_err().to_string().contains("is missing"));
+    }
+
+    #[test]
+    fn an_image_with_another_disk_is_seen_when_it_is_whole() {
+        let (_dir, store) = store_with_disk();
+        let of = store.load("tiny").unwrap();
+        let begin = |name: &str| store.begin_with_disk(name, &of);
+        assert!(matches!(begin("tiny"), Err(ImageError::Exists { .. })));
+        assert!(matches!(begin("../x"), Err(ImageError::BadName { .. })));
+        // Given up: nothing stays.
+        let before = fs::read_dir(store.dir()).unwrap().count();
+        let new = begin("kept").unwrap();
+        fs::write(new.disk(), [1; 4096]).unwrap();
+        assert_eq!(store.list().unwrap().len(), 1);
+        drop(new);
+        assert_eq!(fs::read_dir(store.dir()).unwrap().count(), before);
+        let new = begin("kept").unwrap();
+        assert!(new.finish().is_err(), "it has no disk");
+        assert_eq!(fs::read_dir(store.dir()).unwrap().count(), before);
+
+        let new = begin("kept").unwrap();
+        fs::write(new.disk(), [1; 4096]).unwrap();
+        let made = new.finish().unwrap();
+        let kept = store.load("kept").unwrap();
+        kept.verify().unwrap();
+        assert_eq!(kept, made);
+        assert_eq!(fs::read(kept.disk().unwrap()).unwrap(), [1; 4096]);
+        assert_eq!(fs::read(kept.kernel()).unwrap(), fs::read(of.kernel()).unwrap());
+        assert_ne!(kept.manifest.disk, of.manifest.disk);
+        of.verify().unwrap();
     }
 
     #[test]

@@ -5,14 +5,18 @@ mod support;
 
 use ramet_client::{
     Client,
-    api::{self, VmState},
+    api::{self, ErrorCode, VmState},
 };
-use ramet_lab::Lab;
+use ramet_lab::{Lab, LabOptions};
 use ramet_memory::ByteSize;
 use rustix::process::Signal;
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use support::*;
@@ -468,6 +472,109 @@ async fn chains_of_checkpoints_are_right_and_failed_ones_leave_nothing() {
     until("layers are merged", || async { vm(&away, &made[1]).await.disk.unwrap().layers < 8 }).await;
     let (_, last) = fork(&away, &made[1], 1, &["h1"]).await;
     assert!(right(&home, &last[0]).await >= 1 && right(&away, &made[1]).await >= 1);
+    all_gone(&lab, &[1, 2]).await;
+    lab.down().await.unwrap();
+}
+
+/// A small tmpfs; it goes with this.
+struct Small(tempfile::TempDir);
+
+impl Small {
+    fn new(size: &str) -> Self {
+        let small = Self(tempfile::tempdir().unwrap());
+        small.mount(&format!("size={size},mode=0755"));
+        small
+    }
+
+    fn mount(&self, options: &str) {
+        let words = ["-t", "tmpfs", "-o", options, "ramet-test"];
+        assert!(std::process::Command::new("mount").args(words).arg(self.0.path()).status().unwrap().success());
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_is_kept_is_an_image_and_one_that_cannot_be_is_as_it_was() {
+    // A store of images of its own, in which nothing has room.
+    let images = Small::new("120m");
+    let mut options = LabOptions::for_test("keep").unwrap().hosts(2).daemon_arg("--pool").daemon_arg("0");
+    for name in ["default", "web"] {
+        std::os::unix::fs::symlink(options.image_dir.join(name), images.0.path().join(name)).unwrap();
+    }
+    options.image_dir = images.0.path().to_owned();
+    let lab = Lab::up(&options).await.unwrap();
+    let (home, away) = (lab.client(1), lab.client(2));
+    let stored = || {
+        let names = fs::read_dir(images.0.path()).unwrap().flatten().map(|e| e.file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.filter(|name| name != ".lock").collect();
+        names.sort();
+        names
+    };
+    boot(&home, &guest("web")).await;
+    files(&home, "web", 2, 6).await;
+    home.run(&api::RunRequest { disk: None, ..guest("none") }).await.unwrap();
+    let (_, made) = fork(&home, "web", 2, &["h2", "h1"]).await;
+    let (far, near) = (&*made[0], &*made[1]);
+    sh(&away, far, "echo far >/d/t/own; rm /d/t/f1 /sums/f1").await;
+
+    // What can't be done, and everybody goes on.
+    let keep = async |client: &Client, vm: &str, image: &str, force| {
+        refused(client.remove_vm_keeping_disk(vm, image, force).await)
+    };
+    assert_eq!(keep(&home, "web", "web", false).await.0, ErrorCode::NameTaken);
+    assert_eq!(keep(&home, "web", "../x", false).await.0, ErrorCode::BadName);
+    assert_eq!(keep(&home, "none", "x", false).await.0, ErrorCode::BadRequest);
+    let (code, text) = keep(&home, "web", "x", false).await;
+    assert!(code == ErrorCode::LimitReached && text.contains("room"), "{code:?} {text}");
+    // Here the room ends in the middle: what another host has is not counted before.
+    let (_, text) = keep(&away, far, "x", false).await;
+    assert!(text.contains("qemu-img") && text.contains("space"), "{text}");
+    sh(&away, far, "mkdir -p /etc/ramet/checkpoint.d").await;
+    put(&away, far, "/etc/ramet/checkpoint.d/50-no", 0o755, "#!/bin/sh\nexit 1\n").await;
+    let (_, text) = keep(&away, far, "x", false).await;
+    assert!(text.contains("50-no"), "{text}");
+    home.stop(near, &api::StopRequest { grace_s: 0 }).await.unwrap();
+    assert_eq!(keep(&home, near, "x", false).await.0, ErrorCode::WrongState);
+    assert_eq!(stored(), ["default", "web"]);
+    assert_eq!((right(&home, "web").await, right(&away, far).await), (2, 1));
+    assert_eq!(vm(&away, far).await.state, VmState::Running);
+
+    // A clone's disk over that of another host; then one here, while it writes.
+    images.mount("remount,size=4g");
+    sh(&away, far, "sync; rm /etc/ramet/checkpoint.d/50-no").await;
+    let sum = sh(&away, far, "cat /sums/f0").await;
+    away.remove_vm_keeping_disk(far, "far", false).await.unwrap();
+    assert!(names(&away).await.is_empty());
+    write_again(&home, "web").await;
+    let (watcher, done) = (home.clone(), Arc::new(AtomicBool::new(false)));
+    let ended = done.clone();
+    let watch = tokio::spawn(async move {
+        let mut seen = Vec::new();
+        while !ended.load(Ordering::Acquire) {
+            seen.extend(watcher.vm("web").await.ok().and_then(|vm| Some((vm.state, vm.state_reason?))));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        seen
+    });
+    home.remove_vm_keeping_disk("web", "near", false).await.unwrap();
+    done.store(true, Ordering::Release);
+    let seen = watch.await.unwrap();
+    assert!(seen.iter().any(|(state, why)| *state == VmState::Paused && why.contains("'near'")), "{seen:?}");
+    assert_eq!(stored(), ["default", "far", "near", "web"]);
+    for (client, name) in [(&home, "near"), (&away, "far")] {
+        let request = api::RunRequest { disk: None, name: Some(name.into()), ..guest(name) };
+        let vm = client.run(&api::RunRequest { image: name.into(), ..request }).await.unwrap();
+        assert_eq!(vm.disk.unwrap().image, name);
+        sh(client, name, "mkdir /d && mount -t ext4 /dev/vda /d").await;
+        assert_eq!(sh(client, name, "md5sum </d/t/f0").await, sum);
+    }
+    assert_eq!(sh(&home, "near", "[ -s /d/t/f1 ] && [ ! -e /d/t/own ] && echo right").await, "right");
+    assert_eq!(sh(&away, "far", "[ ! -e /d/t/f1 ] && cat /d/t/own").await, "far");
     all_gone(&lab, &[1, 2]).await;
     lab.down().await.unwrap();
 }

@@ -59,6 +59,17 @@ while True:
     print("signal", i.si_signo, i.si_status, flush=True)
 "#;
 
+/// Has what its clone has without wanting to: a secret, a generator of its own, a socket at the address of before.
+const KEEP: &str = r#"
+import os, random, socket, sys, time
+r = random.Random(os.urandom(16)); secret = os.urandom(16).hex()
+s = socket.socket(); s.bind((sys.argv[1], 7001)); s.listen()
+print("up", flush=True)
+while not os.path.exists("/dev/shm/go"): time.sleep(0.1)
+print("kept", secret, r.getrandbits(64), *s.getsockname(), flush=True)
+time.sleep(100000)
+"#;
+
 /// Expects no signal at all.
 const SLEEPER: &str = "import time\nprint('up', flush=True)\ntime.sleep(100000)\n";
 
@@ -91,6 +102,10 @@ async fn clones_are_machines_of_their_own() {
     }
     assert!(printed(&home, "web", "told").await.contains("\"ok\":true"));
     let sleeper = python(&home, "web", "sleeper", SLEEPER, "").await;
+    python(&home, "web", "keep", KEEP, &ip(&parent)).await;
+    until("it has it", || async { printed(&home, "web", "keep").await == "up" }).await;
+    sh(&home, "web", "mkdir -p /etc/ssh; echo the key of web >/etc/ssh/ssh_host_x_key; echo password >/etc/secret")
+        .await;
     let dir = "/etc/ramet/clone.d";
     sh(&home, "web", &format!("mkdir -p {dir}; touch {dir}/README")).await;
     let line = "echo \"$1 $RAMET_CLONE_NUMBER $RAMET_IP $RAMET_MAC $RAMET_PARENT $RAMET_NAME\" >>/run/hooks";
@@ -138,9 +153,26 @@ async fn clones_are_machines_of_their_own() {
         let from = if machine.host == "h2" { (&home, "web") } else { (&away, first[0].as_str()) };
         assert_eq!(sh(from.0, from.1, &fetch(&ip(machine))).await, "200", "{} at {}", machine.name, ip(machine));
     }
+    what_is_not_changed([(&home, "web"), (&home, &clones[0]), (&away, &clones[1])]).await;
     no_number_twice(&home, &away, &clones).await;
     new_driver_and_new_boot(&lab, &parent, &machines[1..]).await;
     lab.down().await.unwrap();
+}
+
+/// Secrets, keys, generators of programs and the addresses that sockets are bound to are the parent's in all of them.
+async fn what_is_not_changed(machines: [(&Client, &str); 3]) {
+    let mut kept = BTreeSet::new();
+    for (client, name) in machines {
+        sh(client, name, "touch /dev/shm/go").await;
+        until("it tells", || async { printed(client, name, "keep").await.contains("kept") }).await;
+        kept.insert(printed(client, name, "keep").await);
+        assert_eq!(
+            sh(client, name, "cat /etc/secret /etc/ssh/ssh_host_x_key").await,
+            "password\nthe key of web",
+            "{name}"
+        );
+    }
+    assert_eq!(kept.len(), 1, "{kept:?}");
 }
 
 /// A clone's driver is bound anew, and then all of the machines boot anew: each speaks as itself or not at all, and is told

@@ -21,6 +21,8 @@ async fn clones_of_a_linux_guest_are_somebody_and_go_on() {
     let booted = home.run(&linux("web", ByteSize::mib(256), 2)).await.unwrap();
     assert!(booted.agent, "the agent answers");
     exec_and_files(&home).await;
+    let mut console = home.console("web").await.unwrap();
+    says(&mut console, "before").await;
 
     // State of all kinds: a file in memory, a deleted file that is open, a process that counts, a pipe, a socket.
     sh(&home, "web", "mkdir /w; dd if=/dev/urandom of=/w/data bs=1M count=48 2>/dev/null; md5sum </w/data >/w/sum")
@@ -67,6 +69,11 @@ async fn clones_of_a_linux_guest_are_somebody_and_go_on() {
         sh(client, name, &format!("echo {name} >/w/own")).await;
     }
     assert_eq!(sh(&home, "web", "test -e /w/own || echo none").await, "none");
+    // A connection to the console stays the parent's; a clone's console is its own.
+    let seen = says(&mut home.console(&names[0]).await.unwrap(), "clone").await;
+    assert!(!seen.contains("parent"), "{seen}");
+    let seen = says(&mut console, "parent").await;
+    assert!(!seen.contains("clone"), "{seen}");
     let different: std::collections::BTreeSet<_> = random.iter().collect();
     assert_eq!(different.len(), random.len(), "clones return the same random bytes: {random:?}");
 
@@ -106,14 +113,18 @@ async fn exec_and_files(home: &ramet_client::Client) {
     };
     assert!(text.contains("/no/such/program"), "{text}");
     assert!(home.ping("web").await.unwrap().rtt_us > 0);
-    let mut console = home.console("web").await.unwrap();
+}
+
+/// Has a shell on a console say a word: all that was read until then.
+async fn says(console: &mut ramet_client::transport::BoxIo, word: &str) -> String {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    console.write_all(b"\necho on-the-$((40+2))-console\n").await.unwrap();
+    console.write_all(format!("\necho {word}-$((40+2))-said\n").as_bytes()).await.unwrap();
     let mut seen = String::new();
-    while !seen.contains("on-the-42-console") {
+    while !seen.contains(&format!("{word}-42-said")) {
         let mut buffer = [0; 4096];
         let read = tokio::time::timeout(Duration::from_secs(20), console.read(&mut buffer)).await.unwrap().unwrap();
         assert!(read > 0, "the console ended: {seen}");
         seen.push_str(&String::from_utf8_lossy(&buffer[..read]));
     }
+    seen
 }

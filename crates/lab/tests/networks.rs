@@ -235,6 +235,26 @@ async fn ways_in_and_out_are_those_that_were_asked_for() {
     assert_eq!(tries(&home, "chosen", &there, 8081).await.matches("served").count(), 0, "this one is not on the list");
     home.remove_vm("chosen", true).await.unwrap();
 
+    // The tunnel's port is closed to a guest that has a way out, here and there: not one such packet leaves its host.
+    let tunnels = [0, 1].map(|n| Capture::new(&spaces[n], &["-i", "eth0", "udp", "portrange", "4789-4790"]));
+    let sent = async |to: &str, port: u16| {
+        sh(&home, "web", &format!("timeout 2 tftp -g -l /tmp/x -r x {to} {port} >/dev/null 2>&1 || true")).await;
+    };
+    for to in [&here, &there] {
+        sent(to, 4789).await;
+    }
+    // The same to the next port gets out.
+    let next = || tunnels[0].lines().iter().any(|l| l.contains(".4790:"));
+    until("others are seen", || async {
+        sent(&there, 4790).await;
+        next()
+    })
+    .await;
+    for capture in tunnels {
+        let lines: Vec<_> = capture.end().into_iter().filter(|l| l.contains("4789")).collect();
+        assert!(lines.is_empty(), "{lines:#?}");
+    }
+
     // A published port, from another host and from the host itself.
     let greet = "setsid nc -ll -p 80 -e echo hello >/dev/null 2>&1 </dev/null & sleep 0.3";
     sh(&home, "web", greet).await;
@@ -293,4 +313,117 @@ async fn ways_in_and_out_are_those_that_were_asked_for() {
 
 fn network_count(lab: &Lab) -> usize {
     std::fs::read_dir(lab.hosts()[0].state_dir.join("net")).unwrap().count()
+}
+
+/// Tells its host name to whoever connects.
+async fn greet(client: &Client, vm: &str) {
+    sh(client, vm, "setsid nc -ll -p 80 -e hostname >/dev/null 2>&1 </dev/null & sleep 0.3").await;
+}
+
+/// What a VM gets from port 80 of an address; empty: nothing.
+async fn greeted(client: &Client, vm: &str, address: &str) -> String {
+    sh(client, vm, &format!("nc -w 2 {address} 80 </dev/null 2>/dev/null || true")).await
+}
+
+/// Where a VM is on a network with a name.
+async fn place(client: &Client, network: &str, vm: &str) -> Option<String> {
+    let networks = client.networks().await.unwrap().networks;
+    let network = networks.into_iter().find(|n| n.name == network).unwrap();
+    network.members.into_iter().find(|m| m.vm == vm).map(|m| m.ip)
+}
+
+#[tokio::test]
+async fn members_of_named_networks_reach_those_on_the_same_and_down_leaves_nothing() {
+    const FILE: &str = r#"
+[networks.lan]
+[networks.dmz]
+[vms.router]
+networks = ["lan", "dmz"]
+memory = "128M"
+own = "none"
+[vms.client]
+networks = ["lan"]
+memory = "128M"
+[vms.server]
+networks = ["dmz"]
+memory = "128M"
+"#;
+    let lab = lab("topology", 1).await;
+    let home = lab.client(1);
+    let dir = tempfile::tempdir().unwrap();
+    let program = ramet_lab::LabOptions::new("x").unwrap().bin_dir.join("ramet");
+    let ramet = |command: &'static str, text: &str| {
+        let file = dir.path().join("t.toml");
+        std::fs::write(&file, text).unwrap();
+        let mut ramet = std::process::Command::new(&program);
+        ramet.args(["topology", command]).arg(&file).env("RAMET_LAB", lab.name()).env_remove("RAMET_HOST");
+        async move {
+            let output = tokio::task::spawn_blocking(move || ramet.output().unwrap()).await.unwrap();
+            (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+        }
+    };
+    // All or nothing: the last one has no image.
+    let (done, text) = ramet("up", &format!("{FILE}[vms.zz]\nimage = \"no-such\"\n")).await;
+    assert!(!done && text.contains("zz") && text.contains("no-such"), "{text}");
+    assert!(names(&home).await.is_empty() && home.networks().await.unwrap().networks.is_empty());
+    assert_no_network_left(&lab, 1).await;
+
+    let (done, text) = ramet("up", FILE).await;
+    assert!(done, "{text}");
+    let (done, text) = ramet("up", FILE).await;
+    assert!(!done && text.contains("There is a network"), "a second time: {text}");
+    assert_eq!(names(&home).await.len(), 3);
+    let at = async |network: &str, vm: &str| place(&home, network, vm).await.unwrap();
+    let [lan_router, lan_client] = [at("lan", "router").await, at("lan", "client").await];
+    let [dmz_router, dmz_server] = [at("dmz", "router").await, at("dmz", "server").await];
+    assert_eq!((place(&home, "dmz", "client").await, place(&home, "lan", "server").await), (None, None));
+    for vm in ["router", "client", "server"] {
+        greet(&home, vm).await;
+    }
+    for (from, address, whose) in [
+        ("client", &lan_router, "router"),
+        ("router", &lan_client, "client"),
+        ("router", &dmz_server, "server"),
+        ("server", &dmz_router, "router"),
+    ] {
+        let name = sh(&home, whose, "hostname").await;
+        until(&format!("{from} reaches {whose}"), || async { greeted(&home, from, address).await == name }).await;
+    }
+    // Nobody else, by whatever address: not on the other network, nor in the router's own family. Nor with a route.
+    let own = ip(&vm(&home, "router").await);
+    sh(&home, "client", &format!("ip route add {dmz_server}/32 via {lan_router}")).await;
+    sh(&home, "router", "echo 1 >/proc/sys/net/ipv4/ip_forward").await;
+    for (from, address) in
+        [("client", &dmz_server), ("client", &dmz_router), ("client", &own), ("server", &lan_client), ("server", &own)]
+    {
+        assert_eq!(greeted(&home, from, address).await, "", "{from} reaches {address}");
+    }
+
+    // A clone of a member has places of its own, and answers at them.
+    let (made, clones) = fork(&home, "router", 1, &["h1"]).await;
+    let clone = &*clones[0];
+    let places = [at("lan", clone).await, at("dmz", clone).await];
+    assert!(places[0] != lan_router && places[1] != dmz_router, "{places:?}");
+    let name = sh(&home, clone, "hostname").await;
+    for (from, address) in [("client", &places[0]), ("server", &places[1])] {
+        until("the clone is reached", || async { greeted(&home, from, address).await == name }).await;
+    }
+    let parent = sh(&home, "router", "hostname").await;
+    for (from, address) in [("client", &lan_router), ("server", &dmz_router), (clone, &lan_router), (clone, &own)] {
+        until("the parent is reached as before", || async { greeted(&home, from, address).await == parent }).await;
+    }
+    assert_eq!(greeted(&home, clone, &lan_client).await, sh(&home, "client", "hostname").await);
+    let (code, _) = refused(home.remove_network("lan").await);
+    assert_eq!(code, ErrorCode::InUse);
+
+    home.remove_vm(clone, true).await.unwrap();
+    home.remove_checkpoint(&made.parent.checkpoint.id.to_string()).await.unwrap();
+    let (done, text) = ramet("down", FILE).await;
+    assert!(done, "{text}");
+    assert!(names(&home).await.is_empty() && home.networks().await.unwrap().networks.is_empty());
+    assert_nothing_left(&lab, 1).await;
+    assert_no_network_left(&lab, 1).await;
+    let (done, text) = ramet("down", FILE).await;
+    assert!(done, "what is gone is gone: {text}");
+    lab.down().await.unwrap();
 }

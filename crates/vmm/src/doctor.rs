@@ -64,6 +64,78 @@ pub async fn probe(config: &DoctorConfig) -> Vec<Finding> {
     let mut findings = vec![privileges(), qemu(&config.qemu).await, kvm(config).await];
     findings.extend(userfaultfd());
     findings.extend([pagemap_scan(), huge_pages(), tun(), memory()]);
+    for (program, needed) in PROGRAMS {
+        findings.push(program_found(program, needed).await);
+    }
+    let networks = tokio::task::spawn_blocking(ramet_net::try_out).await;
+    findings.extend(networks.map_or_else(|_| Vec::new(), network_findings));
+    findings
+}
+
+/// What is needed besides QEMU itself: the package that has it, and what goes without it.
+struct Needed {
+    package: &'static str,
+    without: &'static str,
+    status: Status,
+}
+
+/// Programs of others, by name.
+const PROGRAMS: [(&str, Needed); 4] = [
+    ("qemu-img", Needed { package: "qemu-utils", without: "VMs get no disk", status: Status::Fail }),
+    (
+        "qemu-storage-daemon",
+        Needed { package: "qemu-utils", without: "disks can't be read by other hosts", status: Status::Fail },
+    ),
+    (
+        "mmdebstrap",
+        Needed { package: "mmdebstrap", without: "`ramet image build --debian` is refused", status: Status::Warn },
+    ),
+    (
+        "mke2fs",
+        Needed { package: "e2fsprogs", without: "`ramet image build --debian` is refused", status: Status::Warn },
+    ),
+];
+
+async fn program_found(program: &str, needed: Needed) -> Finding {
+    let version = if program == "mke2fs" { "-V" } else { "--version" };
+    // Daemons are often started without the `sbin` directories in their path.
+    let place = ["/usr/sbin", "/sbin"].iter().map(|dir| Path::new(dir).join(program)).find(|path| path.exists());
+    let mut command = Command::new(place.unwrap_or_else(|| program.into()));
+    let output = command.arg(version).stdin(Stdio::null()).kill_on_drop(true).output();
+    let failed = match tokio::time::timeout(Duration::from_secs(10), output).await {
+        Ok(Ok(output)) if output.status.success() => {
+            let said = if output.stdout.is_empty() { output.stderr } else { output.stdout };
+            let line = String::from_utf8_lossy(&said).lines().next().unwrap_or_default().to_owned();
+            return finding(program, Status::Ok, line, "");
+        }
+        Ok(Ok(output)) => output.status.to_string(),
+        Ok(Err(err)) => err.to_string(),
+        Err(_) => "no answer".to_owned(),
+    };
+    let remedy = format!("{}; install it: `apt-get install {}`", needed.without, needed.package);
+    finding(program, needed.status, format!("does not run: {failed}"), remedy)
+}
+
+fn network_findings(tried: ramet_net::Result<Vec<ramet_net::Trial>>) -> Vec<Finding> {
+    let trials = match tried {
+        Ok(trials) => trials,
+        Err(err) => {
+            let remedy = "VMs get no network: run it as root, on a kernel with CONFIG_NET_NS";
+            return vec![finding("network namespaces", Status::Warn, err.to_string(), remedy)];
+        }
+    };
+    let mut findings = vec![finding("network namespaces", Status::Ok, "one could be made", "")];
+    findings.extend(trials.into_iter().map(|trial| match trial.result {
+        Ok(()) => finding(trial.what, Status::Ok, "works", ""),
+        Err(err @ ramet_net::Error::MissingProgram { .. }) => {
+            finding(trial.what, Status::Warn, err.to_string(), trial.without)
+        }
+        Err(err) => {
+            let module = trial.module.map(|module| format!("; `modprobe {module}`, or a kernel that has it"));
+            let detail = err.to_string().lines().next().unwrap_or_default().to_owned();
+            finding(trial.what, Status::Warn, detail, format!("{}{}", trial.without, module.unwrap_or_default()))
+        }
+    }));
     findings
 }
 
@@ -287,4 +359,29 @@ fn memory() -> Finding {
     let remedy =
         if available >= 1024 { "" } else { "end something: a guest of 512 MiB and its image need about 1 GiB" };
     finding("memory", ok_or(available >= 1024, Status::Warn), detail, remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_missing_comes_with_what_goes_without_it_and_the_package() {
+        let needed = Needed { package: "some-package", without: "nothing works", status: Status::Warn };
+        let missing = program_found("no-such-program", needed).await;
+        assert_eq!(missing.status, Status::Warn);
+        assert!(missing.remedy.contains("nothing works") && missing.remedy.contains("some-package"), "{missing:?}");
+
+        let trial = |result| ramet_net::Trial { what: "VXLAN", module: Some("vxlan"), without: "no tunnels", result };
+        let refused = || ramet_net::Error::MissingProgram { program: "ip", package: "iproute2" };
+        let kernel =
+            ramet_net::Error::Command { what: "x".into(), program: "ip", output: "Unknown device type".into() };
+        let found = network_findings(Ok(vec![trial(Ok(())), trial(Err(refused())), trial(Err(kernel))]));
+        let statuses: Vec<_> = found.iter().map(|f| f.status).collect();
+        assert_eq!(statuses, [Status::Ok, Status::Ok, Status::Warn, Status::Warn]);
+        assert!(found[2].detail.contains("iproute2"), "{found:?}");
+        assert!(found[3].detail.contains("Unknown device") && found[3].remedy.contains("modprobe vxlan"), "{found:?}");
+        let none = network_findings(Err(refused()));
+        assert!(none.len() == 1 && !none[0].remedy.is_empty(), "{none:?}");
+    }
 }

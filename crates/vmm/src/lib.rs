@@ -135,6 +135,12 @@ pub trait VmProcess: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`VmmError`], with the VMM's last words; the VM is good for nothing then.
     async fn load_state(&self, state: &[u8]) -> Result<(), VmmError>;
+    /// Stops the CPUs. Returns when no request of the guest is under way and all that it wrote is in the disk's files, so
+    /// that others may read them until [`VmProcess::cont`].
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    async fn stop(&self) -> Result<(), VmmError>;
     /// Starts the CPUs. Returns when they run.
     ///
     /// # Errors

@@ -706,6 +706,10 @@ impl VmProcess for QemuProcess {
         }
     }
 
+    async fn stop(&self) -> Result<(), VmmError> {
+        self.execute("stop", Value::Null).await.map(drop)
+    }
+
     async fn cont(&self) -> Result<Resumed, VmmError> {
         let mut events = self.qmp.events();
         self.execute("cont", Value::Null).await?;

@@ -1,7 +1,13 @@
 //! VMs: run, ps, stop, rm.
 
-use anyhow::Result;
-use ramet_client::api::{RunRequest, StopRequest, VmInfo, VmList, VmState};
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use indicatif::ProgressBar;
+use ramet_client::{
+    Client,
+    api::{RunRequest, StopRequest, VmInfo, VmList, VmState},
+};
 
 use super::{each, spread::hold};
 use crate::{
@@ -104,9 +110,36 @@ pub(crate) async fn stop(context: &Context, args: &StopArgs) -> Result<()> {
 
 pub(crate) async fn rm(context: &Context, args: &RmArgs) -> Result<()> {
     let client = &context.client()?;
+    if let Some(image) = &args.keep_disk {
+        let [vm] = &*args.vms else { bail!("--keep-disk IMAGE keeps the disk of one VM: name one") };
+        keep_disk(client, vm, image, args.force).await?;
+        return context.out.show(&serde_json::json!({ "removed": vm, "image": image }), |_| vm.to_owned());
+    }
     each(&args.vms, |vm| async move {
         client.remove_vm(vm, args.force).await?;
         context.out.show(&serde_json::json!({ "removed": vm }), |_| vm.to_owned())
     })
     .await
+}
+
+/// Removes a VM and keeps its disk; tells how far that is.
+async fn keep_disk(client: &Client, vm: &str, image: &str, force: bool) -> Result<()> {
+    let bar = ProgressBar::new_spinner();
+    bar.set_message(format!("keeping the disk of '{vm}' as image '{image}'"));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let mut removed = std::pin::pin!(client.remove_vm_keeping_disk(vm, image, force));
+    let done = loop {
+        tokio::select! {
+            done = &mut removed => break done,
+            () = tokio::time::sleep(Duration::from_millis(500)) => {
+                if let Ok(info) = client.vm(vm).await
+                    && let Some(reason) = info.state_reason
+                {
+                    bar.set_message(reason);
+                }
+            }
+        }
+    };
+    bar.finish_and_clear();
+    Ok(done?)
 }

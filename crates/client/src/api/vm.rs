@@ -368,6 +368,11 @@ pub struct RemoveVmQuery {
     /// Remove it even while it runs.
     #[serde(default)]
     pub force: bool,
+    /// First write its disk, as it is now, as a new image of this name on its host. The VM must run, and stands still from
+    /// then on. Unless `force` is given, its agent is asked before to run the hooks of a checkpoint and to write its file
+    /// systems out. Whatever fails, the VM goes on, and there is no such image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_disk: Option<String>,
 }
 
 /// Query of `PUT` and `GET /v1/vms/{vm}/files`.

@@ -51,7 +51,7 @@ pub(super) async fn remove(
     Path(vm): Path<String>,
     Query(query): Query<RemoveVmQuery>,
 ) -> ApiResult<StatusCode> {
-    daemon.remove_vm(&vm, query.force).await?;
+    daemon.remove_vm(&vm, &query).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
