@@ -138,6 +138,13 @@ impl Daemon {
         }
         let client = AgentClient::connect(running.process.agent_socket(), limit).await;
         let client = client.map_err(|e| agent_failed(name, &e))?;
+        // Its next QEMU listens at the same place, and has one connection for all: whoever asked the one before must not
+        // keep that.
+        if !self.is_current(running) {
+            client.close();
+            return Err(ApiError::new(ErrorCode::AgentSilent, format!("VM '{name}' boots anew in another QEMU"))
+                .remedy("try again"));
+        }
         *agent = Some(Arc::new(client.clone()));
         Ok(client)
     }

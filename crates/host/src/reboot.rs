@@ -101,6 +101,8 @@ impl Daemon {
             }
             Err(err) => Err(err),
         };
+        // What was known of the one before, a connection to its agent perhaps, is of no use to anybody.
+        drop(before);
         self.booted(&vm, booted.map(|running| (running, held))).await;
     }
 

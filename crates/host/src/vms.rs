@@ -402,8 +402,8 @@ impl Daemon {
     }
 
     /// Whether this is still the VM's process.
-    pub(crate) fn is_current(&self, running: &Arc<Running>) -> bool {
-        self.running(running.id).is_some_and(|now| Arc::ptr_eq(&now, running))
+    pub(crate) fn is_current(&self, running: &Running) -> bool {
+        self.running(running.id).is_some_and(|now| std::ptr::eq(&*now, running))
     }
 
     /// Tells a guest that boots anew who it is, for as long as its QEMU lives. One whose QEMU can't boot gets another.
