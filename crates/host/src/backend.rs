@@ -6,7 +6,9 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use ramet_client::api::{AccelKind, DoctorReport, ErrorCode, Finding, FindingStatus, GuestImage, PoolEntry, VmState};
+use ramet_client::api::{
+    AccelKind, DoctorReport, ErrorCode, Finding, FindingStatus, GuestImage, PeerBoot, PoolEntry, VmState,
+};
 use ramet_image::ImageStore;
 use ramet_memory::ByteSize;
 use ramet_vmm::{
@@ -18,7 +20,6 @@ use crate::{
     config::Config,
     error::{ApiError, ApiResult},
     names::shown,
-    state::BootFiles,
 };
 
 /// Most pre-started QEMUs, of all shapes.
@@ -278,7 +279,7 @@ pub struct BootImage {
     /// The root disk.
     pub disk: Option<GoldenDisk>,
     /// Kernel and initial RAM file system by their contents.
-    pub files: BootFiles,
+    pub files: PeerBoot,
 }
 
 /// An image's disk.
@@ -365,7 +366,7 @@ pub async fn load_image(store: &Arc<ImageStore>, name: &str) -> ApiResult<BootIm
         kernel: image.kernel(),
         initrd: image.initrd(),
         disk: golden_disk(&image),
-        files: BootFiles {
+        files: PeerBoot {
             kernel: image.manifest.kernel.xxh3.clone(),
             initrd: image.manifest.initrd.as_ref().map(|f| f.xxh3.clone()),
             cmdline: image.manifest.cmdline.clone(),

@@ -232,7 +232,7 @@ impl Daemon {
             if let Some(vm) = s.vms.get_mut(&kept.vm) {
                 vm.base = Some(kept.id);
                 if let Some(disk) = vm.disk.take() {
-                    vm.disk = Some(overlays.iter().fold(disk, |disk, &next| disk.followed_by(next)));
+                    vm.disk = Some(disk.followed_by(overlays));
                 }
             }
             s.checkpoints.insert(kept.id, kept);

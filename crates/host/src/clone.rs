@@ -28,7 +28,7 @@ use crate::{
     local::{LocalClone, NewClone},
     memory::needed_by_clones,
     names::{check_vm_name, default_clone_name, shown},
-    state::{BootFiles, CheckpointRecord, Joined, State, VmNic, VmRecord, now_unix_ms},
+    state::{CheckpointRecord, Joined, State, VmNic, VmRecord, now_unix_ms},
     stats::us,
     tunnel,
     undo::Undo,
@@ -425,11 +425,7 @@ impl Daemon {
             network: self.offer_network(record.family),
             frozen: record.frozen,
             agent: record.agent,
-            boot: record.boot.as_ref().map(|b| PeerBoot {
-                kernel: b.kernel.clone(),
-                initrd: b.initrd.clone(),
-                cmdline: b.cmdline.clone(),
-            }),
+            boot: record.boot.clone(),
             options: terms.options.clone(),
         }
     }
@@ -568,7 +564,7 @@ pub(crate) struct Parent {
     pub(crate) family: ramet_memory::FamilyId,
     /// Networks with a name that it has joined.
     pub(crate) joined: Vec<FamilyId>,
-    pub(crate) boot: Option<BootFiles>,
+    pub(crate) boot: Option<PeerBoot>,
     /// Its agent has answered.
     pub(crate) agent: bool,
 }

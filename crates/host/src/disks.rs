@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     fs, io,
     ops::Range,
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     pin::Pin,
     sync::{Arc, Mutex, atomic::Ordering},
@@ -32,6 +32,7 @@ use crate::{
     checkpoints::{busy, pager_failed},
     daemon::Daemon,
     error::{ApiError, ApiResult},
+    memory,
     pagers::Pager,
     state::{CheckpointRecord, FrozenDisk, Golden, Merging, Origin, State, VmDisk, VmRecord},
     stats::lock,
@@ -264,7 +265,7 @@ impl Daemon {
             if let Some(vm) = s.vms.get_mut(&vm)
                 && let Some(disk) = vm.disk.take()
             {
-                vm.disk = Some(next.iter().fold(disk, |disk, &next| disk.followed_by(next)));
+                vm.disk = Some(disk.followed_by(next));
             }
         });
     }
@@ -297,7 +298,7 @@ impl Daemon {
     /// The chain of a checkpoint: what the VM had, with what was just frozen on top. `next`: the overlays in use since.
     pub(crate) fn freeze_disk(&self, family: FamilyId, disk: &VmDisk, next: &[DiskId]) -> FrozenDisk {
         let before = disk.frozen.layers.len();
-        let after = next.iter().fold(disk.clone(), |disk, &next| disk.followed_by(next));
+        let after = disk.clone().followed_by(next);
         for layer in &after.frozen.layers[before..] {
             let path = self.overlay_path(family, *layer);
             // QEMU has it open and only reads it from now on; nobody else may write to it.
@@ -351,7 +352,7 @@ impl Daemon {
             Some((vm.family, vm.disk.as_ref()?.frozen.layers.clone(), others))
         })?;
         let shared = layers.iter().rposition(|layer| others.contains(layer)).map_or(0, |last| last + 1);
-        let size = |layer: &DiskId| fs::metadata(self.overlay_path(family, *layer)).map_or(0, |m| m.blocks() * 512);
+        let size = |layer: &DiskId| memory::stored_bytes(&self.overlay_path(family, *layer));
         let range = to_merge(layers.len(), shared, self.config.merge_layers, |at| size(&layers[at]))?;
         Some((family, layers[range].to_vec()))
     }
@@ -392,10 +393,9 @@ impl Daemon {
         let layers: Vec<_> = old.iter().map(|layer| self.overlay_path(family, *layer)).collect();
         let size = self.store.read(|s| Some(s.vms.get(&running.id)?.disk.as_ref()?.frozen.size));
         let size = size.context("the VM has gone")?;
-        let held: u64 = layers.iter().filter_map(|path| Some(fs::metadata(path).ok()?.blocks() * 512)).sum();
-        let file_system = rustix::fs::statvfs(&self.config.disk_dir)?;
+        let held: u64 = layers.iter().map(|path| memory::stored_bytes(path)).sum();
         anyhow::ensure!(
-            file_system.f_bavail * file_system.f_frsize > held + MERGE_LEAVES,
+            memory::room(&self.config.disk_dir)?.bytes() > held + MERGE_LEAVES,
             "there is no room for a copy of their {}",
             ByteSize(held)
         );
@@ -794,7 +794,7 @@ mod tests {
         }
         disk.merging = Some(Merging { old: ids(&[2, 3]), merged: DiskId::from_u128(7) });
         assert!(disk.overlays().any(|id| id == DiskId::from_u128(7)), "it is needed before it is in use");
-        disk = disk.followed_by(DiskId::from_u128(10));
+        disk = disk.followed_by(&[DiskId::from_u128(10)]);
         disk.merged();
         assert_eq!(disk.frozen.layers, ids(&[1, 7, 4, 9]));
         assert_eq!((disk.merging, disk.active), (None, DiskId::from_u128(10)));
@@ -803,7 +803,7 @@ mod tests {
     #[test]
     fn a_frozen_overlay_becomes_the_uppermost_layer() {
         let disk = VmDisk { active: DiskId::from_u128(2), ..VmDisk::over(frozen(&[1], None)) };
-        let next = disk.followed_by(DiskId::from_u128(3));
+        let next = disk.followed_by(&[DiskId::from_u128(3)]);
         assert_eq!(next.frozen.layers, [DiskId::from_u128(1), DiskId::from_u128(2)]);
         assert_eq!(next.active, DiskId::from_u128(3));
     }

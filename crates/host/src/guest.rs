@@ -14,7 +14,7 @@ use ramet_guest::{
     host::{AgentClient, AgentError, ExecEvent, ExecSession},
     protocol::{Exec, Freeze, HookResult, Identity, NicIdentity, Release},
 };
-use ramet_memory::FamilyId;
+use ramet_memory::{FamilyId, VmId};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::UnixStream,
@@ -192,11 +192,7 @@ impl Daemon {
             let err = ApiError::internal(format!("VM '{}' could not take its identity up: {why}", vm.name));
             return Err(if answer.reseeded { err } else { err.remedy(UNSEEDED) });
         }
-        self.store.amend(|s| {
-            if let Some(vm) = s.vms.get_mut(&running.id) {
-                vm.agent = true;
-            }
-        });
+        self.agent_answers(running.id, true);
         Ok(())
     }
 
@@ -258,6 +254,14 @@ impl Daemon {
             .remedy("mend the hook in /etc/ramet/clone.d of the parent, or do without hooks (--no-hooks)"))
     }
 
+    fn agent_answers(&self, id: VmId, answers: bool) {
+        self.store.amend(|s| {
+            if let Some(vm) = s.vms.get_mut(&id) {
+                vm.agent = answers;
+            }
+        });
+    }
+
     /// Whether a VM's agent has answered, or does so now. A guest of another kind than Linux needs none.
     pub(crate) async fn look_for_agent(&self, vm: &VmRecord, limit: Duration) -> bool {
         let known = || self.store.read(|s| s.vms.get(&vm.id).is_some_and(|vm| vm.agent));
@@ -267,11 +271,7 @@ impl Daemon {
         let Some(running) = self.running(vm.id) else { return false };
         let answers = self.agent(&running, &vm.name, limit).await.is_ok();
         if answers {
-            self.store.amend(|s| {
-                if let Some(vm) = s.vms.get_mut(&vm.id) {
-                    vm.agent = true;
-                }
-            });
+            self.agent_answers(vm.id, true);
         }
         answers
     }
@@ -314,11 +314,7 @@ impl Daemon {
     /// The same to a guest that boots anew: it has forgotten all that it was told. No hooks: they are for a clone that
     /// becomes one.
     pub(crate) async fn greet_again(&self, running: &Running) {
-        self.store.amend(|s| {
-            if let Some(vm) = s.vms.get_mut(&running.id) {
-                vm.agent = false;
-            }
-        });
+        self.agent_answers(running.id, false);
         // Whatever waits for an answer of the agent before would wait for ever.
         if let Some(before) = running.agent.lock().await.take() {
             before.close();

@@ -4,8 +4,6 @@
 //! goes on as if nothing had been. `qemu-img` reads the same files as the VM's QEMU, which has written all it had to.
 
 use std::{
-    fs,
-    os::unix::fs::MetadataExt as _,
     path::Path,
     process::Stdio,
     sync::{Arc, atomic::Ordering},
@@ -22,6 +20,7 @@ use crate::{
     checkpoints::busy,
     daemon::Daemon,
     error::{ApiError, ApiResult},
+    memory,
     names::shown,
     state::{VmDisk, VmRecord},
     stats::lock,
@@ -112,18 +111,16 @@ impl Daemon {
 
     /// Refuses when all that the files hold may not fit. A disk of another host is not counted.
     fn check_image_room(&self, files: &ChainPaths) -> ApiResult<()> {
-        let held: u64 = files.golden.iter().chain(&files.layers).map(|path| stored(path)).sum();
+        let held: u64 = files.golden.iter().chain(&files.layers).map(|path| memory::stored_bytes(path)).sum();
         let needed = held.min(files.size).saturating_add(LEAVES);
         let dir = self.images.dir();
-        let room = rustix::fs::statvfs(dir).map(|fs| fs.f_bavail * fs.f_frsize);
-        let room =
-            room.map_err(|err| ApiError::failed("The room for images can't be told", std::io::Error::from(err)))?;
-        if room < needed {
+        let room = memory::room(dir).map_err(|err| ApiError::failed("The room for images can't be told", err))?;
+        if room.bytes() < needed {
             return Err(ApiError::new(
                 ErrorCode::LimitReached,
                 format!(
                     "There is no room for the disk: {} in {}, up to {} are needed",
-                    ByteSize(room),
+                    room,
                     dir.display(),
                     ByteSize(needed)
                 ),
@@ -235,11 +232,6 @@ fn no_disk(vm: &VmRecord) -> ApiError {
 fn ended(vm: &VmRecord) -> ApiError {
     ApiError::new(ErrorCode::WrongState, format!("VM '{}' does not run: there is no disk of it any more", vm.name))
         .remedy("a disk goes with its VM's end: keep it while the VM runs")
-}
-
-/// Bytes that a file takes.
-fn stored(path: &Path) -> u64 {
-    fs::metadata(path).map_or(0, |m| m.blocks() * 512)
 }
 
 /// The last of what `qemu-img -p` says: `(12.34/100%)`.

@@ -83,6 +83,12 @@ pub fn room(dir: &Path) -> io::Result<ByteSize> {
     Ok(ByteSize(fs.f_bavail.saturating_mul(fs.f_frsize)))
 }
 
+/// Bytes that a file takes on its disk; none for one that can't be asked for.
+pub(crate) fn stored_bytes(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    fs::metadata(path).map_or(0, |m| m.blocks() * 512)
+}
+
 /// Mounts the page files' own tmpfs, without huge pages and for the owner only, unless it is there from before.
 ///
 /// # Errors

@@ -430,12 +430,17 @@ impl Daemon {
         self.family_net(family).await.map(drop)
     }
 
-    fn peer_addresses(&self) -> Vec<Ipv4Addr> {
-        let v4 = |ip| match ip {
-            IpAddr::V4(ip) => Some(ip),
+    /// The other hosts' addresses in the open.
+    fn open_addresses(&self) -> BTreeMap<String, Ipv4Addr> {
+        let v4 = |(host, ip)| match ip {
+            IpAddr::V4(ip) => Some((host, ip)),
             IpAddr::V6(_) => None,
         };
-        self.peers.addresses().into_values().filter_map(v4).collect()
+        self.peers.addresses().into_iter().filter_map(v4).collect()
+    }
+
+    fn peer_addresses(&self) -> Vec<Ipv4Addr> {
+        self.open_addresses().into_values().collect()
     }
 
     /// The other hosts' addresses in tunnels. When these are encrypted, only those of hosts that have told their keys.
@@ -443,11 +448,7 @@ impl Daemon {
         if self.nets.secret.is_some() {
             return self.peers.secure_peers().into_iter().map(|(host, peer)| (host, peer.tunnel)).collect();
         }
-        let v4 = |(host, ip)| match ip {
-            IpAddr::V4(ip) => Some((host, ip)),
-            IpAddr::V6(_) => None,
-        };
-        self.peers.addresses().into_iter().filter_map(v4).collect()
+        self.open_addresses()
     }
 
     fn remote_members(&self, network: &FamilyNetwork) -> Vec<(Member, Ipv4Addr)> {

@@ -24,7 +24,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ramet_client::api::{ErrorCode, VmState};
+use ramet_client::api::{ErrorCode, PeerBoot, VmState};
 use ramet_memory::VmId;
 use ramet_vmm::Boot;
 use tokio::sync::Mutex;
@@ -36,7 +36,7 @@ use crate::{
     memory::needed_by_root,
     names::shown,
     peers::ask,
-    state::{BootFiles, VmRecord},
+    state::VmRecord,
     vms::Running,
 };
 
@@ -283,7 +283,7 @@ impl Daemon {
 
     /// Removes what other hosts sent that no VM or checkpoint boots from.
     pub(crate) fn sweep_boot_files(&self) {
-        let names = |b: &BootFiles| [Some(b.kernel.clone()), b.initrd.clone()];
+        let names = |b: &PeerBoot| [Some(b.kernel.clone()), b.initrd.clone()];
         let needed: BTreeSet<String> = self.store.read(|s| {
             let vms = s.vms.values().filter(|vm| vm.alive()).filter_map(|vm| vm.boot.as_ref());
             let all = vms.chain(s.checkpoints.values().filter_map(|c| c.boot.as_ref()));

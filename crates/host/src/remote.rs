@@ -26,7 +26,7 @@ use crate::{
     error::{ApiError, ApiResult, from_peer},
     local::LocalClone,
     names::check_vm_name,
-    state::{BootFiles, CheckpointRecord, now_unix_ms},
+    state::{CheckpointRecord, now_unix_ms},
     stats::{Clock, us},
     vms::{check_free, check_ttl},
 };
@@ -214,11 +214,7 @@ impl Daemon {
             frozen: request.frozen,
             joined: Vec::new(),
             agent: request.agent,
-            boot: request.boot.as_ref().map(|b| BootFiles {
-                kernel: b.kernel.clone(),
-                initrd: b.initrd.clone(),
-                cmdline: b.cmdline.clone(),
-            }),
+            boot: request.boot.clone(),
         };
         if record.spec.disk.is_some() != request.disk.is_some() || (record.spec.nics > 0) != request.network.is_some() {
             return Err(ApiError::new(ErrorCode::BadRequest, "The checkpoint's machine and its parts don't fit"));

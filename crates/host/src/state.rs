@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use ramet_client::api::VmState;
+use ramet_client::api::{PeerBoot, VmState};
 use ramet_disk::DiskId;
 use ramet_memory::{ByteSize, FamilyId, ImageId, LayerId, VmId};
 use ramet_net::{Egress, Member, Proto};
@@ -97,7 +97,7 @@ pub struct VmRecord {
     pub joined: Vec<Joined>,
     /// What it boots from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub boot: Option<BootFiles>,
+    pub boot: Option<PeerBoot>,
     /// It boots anew, and its QEMU is being replaced by one that can.
     #[serde(default, skip_serializing_if = "is_false")]
     pub rebooting: bool,
@@ -106,20 +106,6 @@ pub struct VmRecord {
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
 fn is_false(value: &bool) -> bool {
     !value
-}
-
-/// What a VM was booted from, known by its contents: a clone has none of it until it boots anew, and may be on a host that
-/// has not the image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct BootFiles {
-    /// The hash of the kernel.
-    pub kernel: String,
-    /// That of its initial file system.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub initrd: Option<String>,
-    /// The whole command line.
-    pub cmdline: String,
 }
 
 /// A VM's place in a network with a name.
@@ -224,11 +210,12 @@ impl VmDisk {
         }
     }
 
-    /// The same after its overlay was frozen and `next` took its place.
+    /// The same after its overlay was frozen and these took its place, each that of the one before.
     #[must_use]
-    pub fn followed_by(mut self, next: DiskId) -> Self {
-        self.frozen.layers.push(self.active);
-        self.active = next;
+    pub fn followed_by(mut self, next: &[DiskId]) -> Self {
+        for &next in next {
+            self.frozen.layers.push(std::mem::replace(&mut self.active, next));
+        }
         self
     }
 
@@ -349,7 +336,7 @@ pub struct CheckpointRecord {
     pub joined: Vec<FamilyId>,
     /// What its clones boot from when they boot anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub boot: Option<BootFiles>,
+    pub boot: Option<PeerBoot>,
     /// The agent of its VM had answered: that of its clones will.
     #[serde(default = "yes")]
     pub agent: bool,

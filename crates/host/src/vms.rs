@@ -11,7 +11,7 @@ use std::{
 };
 
 use ramet_client::api::{
-    CloneOptions, Counters, Egress, ErrorCode, MemoryUse, RemoveVmQuery, RunRequest, StopRequest, Timeline,
+    CloneOptions, Counters, Egress, ErrorCode, MemoryUse, PeerBoot, RemoveVmQuery, RunRequest, StopRequest, Timeline,
     UnreachableHost, VmInfo, VmList, VmState, VmStats,
 };
 use ramet_guest::host::AgentClient;
@@ -23,10 +23,10 @@ use crate::{
     backend,
     daemon::{Daemon, all, to_the_end, within},
     error::{ApiError, ApiResult},
-    memory::needed_by_root,
+    memory::{needed_by_root, stored_bytes},
     names::{check_vm_name, default_clone_name, shown},
     peers::ask,
-    state::{BootFiles, FamilyRecord, FrozenDisk, Golden, VmDisk, VmRecord, now_unix_ms},
+    state::{FamilyRecord, FrozenDisk, Golden, VmDisk, VmRecord, now_unix_ms},
     stats::{Clock, lock},
 };
 
@@ -323,7 +323,7 @@ impl Daemon {
                 nic: None,
                 published: crate::nets::published(&request.publish),
                 joined: self.join_named(s, &request.join)?,
-                boot: Some(BootFiles { cmdline: cmdline(request, image), ..image.files.clone() }),
+                boot: Some(PeerBoot { cmdline: cmdline(request, image), ..image.files.clone() }),
                 rebooting: false,
             };
             s.vms.insert(id, record);
@@ -818,12 +818,6 @@ fn stalled_disk(disk: &ramet_disk::control::DiskStatus) -> Option<String> {
 fn no_disk(image: &str) -> ApiError {
     ApiError::new(ErrorCode::BadRequest, format!("Image '{}' has no disk", shown(image)))
         .remedy("`ramet image ls` shows which have one; `ramet image build NAME --debian` makes one")
-}
-
-/// Bytes that a file takes on its disk.
-fn stored_bytes(path: &std::path::Path) -> u64 {
-    use std::os::unix::fs::MetadataExt as _;
-    fs::metadata(path).map_or(0, |m| m.blocks() * 512)
 }
 
 /// Refuses a name that a VM of this host has, and says which.

@@ -347,6 +347,20 @@ async fn a_host_without_room_for_a_disk_stalls_who_writes_and_nobody_else() {
     lab.down().await.unwrap();
 }
 
+/// Clones of some checkpoints, on both hosts, still are what they were; then all checkpoints go, the newest first.
+async fn right_and_removed(home: &Client, away: &Client, taken: &[String], some: [&String; 2]) {
+    for id in some {
+        let clone = home.clone_checkpoint(id, &clones(2, &["h1", "h2"])).await.unwrap().clones;
+        for (client, clone) in [(home, &clone[0]), (away, &clone[1])] {
+            assert!(right(client, &clone.vm.name).await >= 1);
+            client.remove_vm(&clone.vm.name, true).await.unwrap();
+        }
+    }
+    for id in taken.iter().rev() {
+        home.remove_checkpoint(id).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn chains_of_checkpoints_are_right_and_failed_ones_leave_nothing() {
     let mut lab = lab("chain", 2).await;
@@ -364,16 +378,7 @@ async fn chains_of_checkpoints_are_right_and_failed_ones_leave_nothing() {
     // The last ones come while layers are being merged.
     until("layers are merged", || async { layers().await < 8 }).await;
     // The first and the last still are what they were.
-    for id in [&taken[0], &taken[9]] {
-        let clone = home.clone_checkpoint(id, &clones(2, &["h1", "h2"])).await.unwrap().clones;
-        for (client, clone) in [(&home, &clone[0]), (&away, &clone[1])] {
-            assert!(right(client, &clone.vm.name).await >= 1);
-            client.remove_vm(&clone.vm.name, true).await.unwrap();
-        }
-    }
-    for id in taken.iter().rev() {
-        home.remove_checkpoint(id).await.unwrap();
-    }
+    right_and_removed(&home, &away, &taken, [&taken[0], &taken[9]]).await;
     // Merged again and again, while the guest writes and checkpoints are taken.
     let (mut taken, mut most) = (Vec::new(), 0);
     for _ in 0..30 {
@@ -385,16 +390,7 @@ async fn chains_of_checkpoints_are_right_and_failed_ones_leave_nothing() {
     let merges = lab.log_tail(1, 100_000).unwrap().matches("merged layers of a disk").count();
     eprintln!("{merges} merges of layers, {most} layers at most");
     assert!(merges >= 3 && most < 30, "{merges} merges, {most} layers");
-    for id in [&taken[9], &taken[29]] {
-        let clone = home.clone_checkpoint(id, &clones(2, &["h1", "h2"])).await.unwrap().clones;
-        for (client, clone) in [(&home, &clone[0]), (&away, &clone[1])] {
-            assert!(right(client, &clone.vm.name).await >= 1);
-            client.remove_vm(&clone.vm.name, true).await.unwrap();
-        }
-    }
-    for id in taken.iter().rev() {
-        home.remove_checkpoint(id).await.unwrap();
-    }
+    right_and_removed(&home, &away, &taken, [&taken[9], &taken[29]]).await;
     assert!(right(&home, "web").await >= 1);
     until("old layers are gone", || async { overlays(&dir).len() == layers().await as usize + 1 }).await;
     write_again(&home, "web").await;

@@ -125,7 +125,8 @@ pub struct PeerMembers {
     pub hosts: Vec<String>,
 }
 
-/// What a VM was booted from. `GET /v1/peer/boot/{hash}` gives a file of it.
+/// What a VM was booted from, known by its contents: a clone has none of it until it boots anew, and may be on a host that
+/// has not the image. `GET /v1/peer/boot/{hash}` gives a file of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PeerBoot {
