@@ -63,6 +63,18 @@ impl Client {
         self.none(Method::DELETE, &format!("/v1/peer/images/{}", quote(checkpoint))).await
     }
 
+    /// Tells a peer who else has pages of the disk of one of this host's checkpoints; it answers where it serves its own.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn peer_disk_sources(
+        &self,
+        checkpoint: &str,
+        request: &api::PeerDiskSources,
+    ) -> Result<api::PeerDiskServer, Error> {
+        self.json(Method::PUT, &format!("/v1/peer/images/{}/disk", quote(checkpoint)), request).await
+    }
+
     /// Has the clones made under `lease` stay on the peer.
     ///
     /// # Errors

@@ -51,6 +51,8 @@ pub struct Counters {
     pub golden: AtomicU64,
     /// Reads.
     pub requests: AtomicU64,
+    /// Bytes given to other hosts.
+    pub passed_on: AtomicU64,
 }
 
 /// A remote disk's pages on this host. See the module's documentation.
@@ -305,6 +307,30 @@ impl Cache {
             }
         }
         self.counters.golden.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Reads whole pages for another host, and adds to `here` for each whether it is in this cache. Nothing is fetched.
+    ///
+    /// # Errors
+    /// When the cache has ended, or its files cannot be read.
+    pub fn read_present(&self, page: u64, buffer: &mut [u8], here: &mut Vec<bool>) -> io::Result<()> {
+        if self.ending.load(Ordering::Acquire) {
+            return Err(io::Error::other("the disk was dropped"));
+        }
+        let read = |offset: u64, part: &mut [u8]| match Disk::read(self, offset, part) {
+            Ok(()) => Ok(true),
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(err) => Err(err),
+        };
+        let pages = buffer.len() / PAGE as usize;
+        if read(page * PAGE, buffer)? {
+            here.resize(here.len() + pages, true);
+            return Ok(());
+        }
+        for (part, page) in buffer.chunks_mut(PAGE as usize).zip(page..) {
+            here.push(read(page * PAGE, part)?);
+        }
         Ok(())
     }
 

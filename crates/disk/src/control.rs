@@ -64,6 +64,13 @@ pub enum Request {
         /// Who serves its pages, best first. None is allowed: readers wait until there is one.
         sources: Vec<SourceAddress>,
     },
+    /// Replaces the sources of another host's disk that was added; readers go on. Answered by `null`.
+    Sources {
+        /// The disk.
+        disk: DiskId,
+        /// Who serves its pages, best first. A source need not have all of them.
+        sources: Vec<SourceAddress>,
+    },
     /// Forgets a disk: its server ends, its socket, cache and export go. Files of a frozen disk stay. Answered by `null`.
     Drop {
         /// The disk.
@@ -132,6 +139,12 @@ pub struct DiskStatus {
     pub served_bytes: u64,
     /// Remote: bytes of pages in the cache, also those from before this process started.
     pub cached_bytes: u64,
+    /// Remote: bytes of its cache given to other hosts.
+    #[serde(default)]
+    pub passed_on_bytes: u64,
+    /// Remote: who is asked for its pages.
+    #[serde(default)]
+    pub sources: Vec<SourceAddress>,
     /// Remote: bytes read from this host's golden image.
     pub golden_bytes: u64,
     /// Reads of QEMUs (remote), requests of other hosts (frozen).

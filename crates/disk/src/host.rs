@@ -9,7 +9,7 @@ use crate::{
     },
     export::kill_leftovers,
     nbd::Server,
-    serve::{Disks, Frozen},
+    serve::{Disks, Frozen, Served},
     source::{SourceConfig, Upstream},
 };
 use ramet_memory::LayerId;
@@ -306,12 +306,7 @@ impl Host {
         if extents.size() != size || !size.is_multiple_of(512) {
             return Err(bad(format!("disk {disk} has {size} bytes, its map is of {}", extents.size())));
         }
-        if sources.len() > MAX_SOURCES {
-            return Err(bad(format!("{} sources are too many, the limit is {MAX_SOURCES}", sources.len())));
-        }
-        if let Some(bad_one) = sources.iter().find(|s| s.addr.parse::<std::net::SocketAddr>().is_err()) {
-            return Err(bad(format!("'{}' is no IP:PORT", bad_one.addr)));
-        }
+        check_sources(&sources)?;
         let mut disks = crate::lock(&self.disks);
         let new = !disks.contains_key(&disk);
         match disks.get_mut(&disk) {
@@ -358,6 +353,21 @@ impl Host {
         }
     }
 
+    /// See [`crate::control::Request::Sources`].
+    ///
+    /// # Errors
+    /// When the disk is not known as another host's, or the sources make no sense.
+    pub fn set_sources(&self, disk: DiskId, sources: Vec<SourceAddress>) -> Result<()> {
+        check_sources(&sources)?;
+        let disks = crate::lock(&self.disks);
+        let Some(Entry::Remote(remote)) = disks.get(&disk) else { return Err(no_such(disk)) };
+        if remote.upstream.sources() == sources {
+            return Ok(());
+        }
+        remote.upstream.set_sources(sources);
+        self.record(&disks)
+    }
+
     /// A path for a disk's socket: its first digits, or all where another disk has the same.
     fn socket(&self, disk: DiskId, disks: &BTreeMap<DiskId, Entry>) -> Result<PathBuf> {
         let short = self.dir.join(format!("{}.nbd", disk.short()));
@@ -399,6 +409,8 @@ impl Host {
                 fetched_bytes: 0,
                 served_bytes: get(&frozen.served),
                 cached_bytes: 0,
+                passed_on_bytes: 0,
+                sources: Vec::new(),
                 golden_bytes: 0,
                 requests: get(&frozen.requests),
                 damaged_pages: 0,
@@ -417,6 +429,8 @@ impl Host {
                     fetched_bytes: get(&counters.fetched),
                     served_bytes: get(&counters.served),
                     cached_bytes: remote.cache.cached(),
+                    passed_on_bytes: get(&counters.passed_on),
+                    sources: remote.upstream.sources(),
                     golden_bytes: get(&counters.golden),
                     requests: get(&counters.requests),
                     damaged_pages: remote.upstream.damaged(),
@@ -457,11 +471,11 @@ impl Entry {
 }
 
 impl Disks for Host {
-    fn frozen(&self, layer: LayerId) -> Option<Arc<Frozen>> {
-        match crate::lock(&self.disks).get(&DiskId::from_layer(layer)) {
-            Some(Entry::Frozen(frozen)) => Some(frozen.clone()),
-            _ => None,
-        }
+    fn open(&self, layer: LayerId) -> Option<Served> {
+        Some(match crate::lock(&self.disks).get(&DiskId::from_layer(layer))? {
+            Entry::Frozen(frozen) => Served::Whole(frozen.clone()),
+            Entry::Remote(remote) => Served::Part(remote.cache.clone()),
+        })
     }
 
     fn bad_peer(&self) {
@@ -497,6 +511,17 @@ fn hold(lock: &fs::File) -> io::Result<()> {
         std::thread::sleep(Duration::from_millis(20));
     }
     Err(io::Error::other("another ramet-disk uses this directory: end it first"))
+}
+
+fn check_sources(sources: &[SourceAddress]) -> Result<()> {
+    let bad = |text: String| Err(ControlError::new("bad_request", text));
+    if sources.len() > MAX_SOURCES {
+        return bad(format!("{} sources are too many, the limit is {MAX_SOURCES}", sources.len()));
+    }
+    match sources.iter().find(|s| s.addr.parse::<std::net::SocketAddr>().is_err()) {
+        Some(wrong) => bad(format!("'{}' is no IP:PORT", wrong.addr)),
+        None => Ok(()),
+    }
 }
 
 fn another_size(disk: DiskId, size: u64) -> ControlError {

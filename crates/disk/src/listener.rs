@@ -36,6 +36,7 @@ fn act(request: Request, host: &Arc<Host>, listen: Option<&str>) -> Result<serde
         Request::RemoteAdd { disk, size, golden, extents, sources } => {
             json(host.add_remote(disk, size, golden.as_deref(), extents, sources)?)
         }
+        Request::Sources { disk, sources } => json(host.set_sources(disk, sources)?),
         Request::Drop { disk } => json(host.drop_disk(disk)?),
         Request::Status => json(host.status()),
         Request::Shutdown => {

@@ -1,9 +1,10 @@
-//! Serving the pages of frozen disks to other hosts, by the page protocol.
+//! Serving the pages of frozen disks to other hosts, by the page protocol: those of the disks whose files are here, and what
+//! is in the caches of others. A page that no cache has is answered as absent; it is not fetched for another host.
 //!
 //! Each connection has a thread of its own, which answers its requests in order. Peers prove who they are by mutual TLS
 //! before the first frame; what they send is hostile input all the same: a malformed frame ends its connection.
 
-use crate::{ChainPaths, DiskId, ExtentMap, Kind, PAGE, chain, export::Export, pages};
+use crate::{ChainPaths, DiskId, ExtentMap, Kind, PAGE, cache::Cache, chain, export::Export, pages};
 use ramet_memory::{FamilyId, LayerId, PAGE_SIZE, PageIndex, page_checksum};
 use ramet_wire::{
     Connection, ErrorCode, Frame, LayerStatus, Listener, Message, PagesWriter, Sender, StreamError, frame::VERSION,
@@ -101,10 +102,54 @@ impl Frozen {
     }
 }
 
+/// A disk of which other hosts may read pages here.
+#[derive(Debug, Clone)]
+pub enum Served {
+    /// All of it is here.
+    Whole(Arc<Frozen>),
+    /// Some of it is here.
+    Part(Arc<Cache>),
+}
+
+impl Served {
+    fn disk(&self) -> DiskId {
+        match self {
+            Self::Whole(frozen) => frozen.disk,
+            Self::Part(cache) => cache.disk,
+        }
+    }
+
+    fn size(&self) -> u64 {
+        match self {
+            Self::Whole(frozen) => frozen.size,
+            Self::Part(cache) => cache.extents.size(),
+        }
+    }
+
+    /// Reads whole pages, and notes for each whether it is here.
+    fn read(&self, page: u64, buffer: &mut [u8], here: &mut Vec<bool>) -> io::Result<()> {
+        here.clear();
+        match self {
+            Self::Whole(frozen) => {
+                here.resize(buffer.len() / PAGE_SIZE, true);
+                frozen.read(page, buffer)
+            }
+            Self::Part(cache) => cache.read_present(page, buffer, here),
+        }
+    }
+
+    fn count(&self, bytes: u64) {
+        match self {
+            Self::Whole(frozen) => frozen.served.fetch_add(bytes, Ordering::Relaxed),
+            Self::Part(cache) => cache.counters.passed_on.fetch_add(bytes, Ordering::Relaxed),
+        };
+    }
+}
+
 /// What a page server serves.
 pub trait Disks: Send + Sync + 'static {
-    /// The frozen disk that travels as this layer, if it is here.
-    fn frozen(&self, layer: LayerId) -> Option<Arc<Frozen>>;
+    /// The disk that travels as this layer, if any of it is here.
+    fn open(&self, layer: LayerId) -> Option<Served>;
 
     /// A peer was refused, or ended for what it sent.
     fn bad_peer(&self);
@@ -120,8 +165,14 @@ pub fn serve(listener: &Listener, disks: &Arc<impl Disks>, family: FamilyId, hos
 /// Serves one connection, handshake done, until the peer closes it.
 fn converse(connection: Connection, disks: &Arc<impl Disks>, family: FamilyId, host: &str) -> Result<(), StreamError> {
     let (sender, mut receiver) = connection.split();
-    let mut peer =
-        Peer { sender, open: HashMap::new(), writer: PagesWriter::new(), reply: Vec::new(), buffer: Vec::new() };
+    let mut peer = Peer {
+        sender,
+        open: HashMap::new(),
+        writer: PagesWriter::new(),
+        reply: Vec::new(),
+        buffer: Vec::new(),
+        here: Vec::new(),
+    };
     match receiver.recv_timeout(HELLO)?.map(|f| f.message) {
         Some(Message::Hello { version: VERSION, family: asked, .. }) if asked == family => {
             peer.reply(0, Message::HelloAck { version: VERSION, host })?;
@@ -151,7 +202,7 @@ fn converse(connection: Connection, disks: &Arc<impl Disks>, family: FamilyId, h
         let req = frame.req;
         match frame.message {
             Message::OpenLayer { handle, layer } => {
-                let status = match disks.frozen(layer) {
+                let status = match disks.open(layer) {
                     None => LayerStatus::Unknown,
                     Some(_) if peer.open.len() >= MAX_OPEN => LayerStatus::TooMany,
                     Some(disk) => {
@@ -174,10 +225,12 @@ fn converse(connection: Connection, disks: &Arc<impl Disks>, family: FamilyId, h
 
 struct Peer {
     sender: Sender,
-    open: HashMap<u32, Arc<Frozen>>,
+    open: HashMap<u32, Served>,
     writer: PagesWriter,
     reply: Vec<u8>,
     buffer: Vec<u8>,
+    /// Which pages of the buffer are here.
+    here: Vec<bool>,
 }
 
 impl Peer {
@@ -192,19 +245,21 @@ impl Peer {
             let message = "the disk is not here: was its checkpoint removed?";
             return self.reply(req, Message::Error { code: ErrorCode::Layer, message });
         };
-        let Some(end) = start.checked_add(count).filter(|&end| end <= pages(disk.size)) else {
+        let Some(end) = start.checked_add(count).filter(|&end| end <= pages(disk.size())) else {
             let message = "pages beyond the end of the disk were asked for";
             return self.reply(req, Message::Error { code: ErrorCode::Malformed, message });
         };
-        disk.requests.fetch_add(1, Ordering::Relaxed);
+        if let Served::Whole(frozen) = &disk {
+            frozen.requests.fetch_add(1, Ordering::Relaxed);
+        }
         self.writer.set_link_speed(self.sender.link_speed());
-        let layer = disk.disk.layer();
+        let layer = disk.disk().layer();
         let mut at = start;
         while at < end {
             let len = FRAME.min(end - at);
             self.buffer.resize(len as usize * PAGE_SIZE, 0);
-            if let Err(err) = disk.read(at, &mut self.buffer) {
-                tracing::warn!(disk = %disk.disk, error = %err, "a frozen disk cannot be read");
+            if let Err(err) = disk.read(at, &mut self.buffer, &mut self.here) {
+                tracing::warn!(disk = %disk.disk(), error = %err, "a frozen disk cannot be read");
                 // At most four bytes each.
                 let message: String = format!("the disk cannot be read there: {err}")
                     .chars()
@@ -213,13 +268,19 @@ impl Peer {
                 return self.reply(req, Message::Error { code: ErrorCode::Internal, message: &message });
             }
             self.writer.start(req, handle);
-            for (bytes, page) in self.buffer.as_chunks::<PAGE_SIZE>().0.iter().zip(at..) {
+            let mut sent = 0;
+            for ((bytes, here), page) in self.buffer.as_chunks::<PAGE_SIZE>().0.iter().zip(&self.here).zip(at..) {
                 let page = PageIndex(page);
                 // A frame has room for so few.
-                let _ = self.writer.push_raw_or_lz4(page, bytes, page_checksum(layer, page, bytes));
+                let _ = if *here {
+                    sent += PAGE;
+                    self.writer.push_raw_or_lz4(page, bytes, page_checksum(layer, page, bytes))
+                } else {
+                    self.writer.push_absent(page)
+                };
             }
             at += len;
-            disk.served.fetch_add(len * PAGE, Ordering::Relaxed);
+            disk.count(sent);
             self.sender.send(self.writer.finish(at == end))?;
         }
         Ok(())

@@ -1,8 +1,9 @@
 //! Fetching pages of one disk from other hosts, by the page protocol.
 //!
 //! [`Upstream::ask`] notes what is wanted, sends it and returns. One thread keeps the connection, receives pages, checks
-//! each, and hands it to the [`Sink`]. A request ends only with its pages: when a source is dead, silent, refuses, or sends
-//! damaged pages, everything under way is asked of the next one, round and round, with pauses.
+//! each, and hands it to the [`Sink`]. A request ends only with its pages: when a source is dead, silent, refuses, sends
+//! damaged pages, or has none of what is still wanted, everything under way is asked of the next one, round and round, with
+//! pauses.
 
 use crate::{DiskId, PAGE, control::SourceAddress};
 use ramet_memory::{FamilyId, PAGE_SIZE, PageIndex};
@@ -13,7 +14,7 @@ use ramet_wire::{
     stream::with_causes,
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::SocketAddr,
     sync::{
@@ -110,6 +111,15 @@ struct State {
     progress: Option<Instant>,
     error: Option<String>,
     ending: bool,
+}
+
+/// How it went with a source.
+#[derive(Debug, Default)]
+struct Talk {
+    /// It answered a request.
+    useful: bool,
+    /// Requests of which it has not all pages.
+    lacking: BTreeSet<u32>,
 }
 
 impl Upstream {
@@ -219,7 +229,7 @@ impl Upstream {
                 state.current = Some(source.clone());
                 source
             };
-            let (error, useful) = self.converse(&source, sink);
+            let (error, talk) = self.converse(&source, sink);
             let mut state = crate::lock(&self.state);
             if let Some(link) = state.link.take() {
                 link.close();
@@ -230,25 +240,27 @@ impl Upstream {
             let text = format!("{} ({}): {}", source.name, source.addr, with_causes(&error));
             tracing::info!(disk = %self.disk, source = text, "left a source of pages");
             state.error = Some(text);
-            // A source that was of use is tried again first: it may only have been started anew.
-            failures = if useful { 1 } else { failures + 1 };
-            if !useful {
+            // A source that was of use is tried again first: it may only have been started anew. But one that has not what is
+            // wanted will not have it soon.
+            let again = talk.useful && talk.lacking.is_empty();
+            failures = if talk.useful { 1 } else { failures + 1 };
+            if !again {
                 turn += 1;
             }
             let sources = state.sources.len().max(1) as u32;
-            if failures.is_multiple_of(sources) || useful {
+            if failures.is_multiple_of(sources) || again {
                 let pause = (BACKOFF[0] * 2u32.pow((failures / sources).min(10))).min(BACKOFF[1]);
                 drop(self.wake.wait_timeout(state, pause));
             }
         }
     }
 
-    /// Talks to a source until it fails. Says also whether it answered any request.
-    fn converse<S: Sink>(&self, source: &SourceAddress, sink: &Weak<S>) -> (StreamError, bool) {
-        let mut useful = false;
+    /// Talks to a source until it fails, or has nothing more that is wanted.
+    fn converse<S: Sink>(&self, source: &SourceAddress, sink: &Weak<S>) -> (StreamError, Talk) {
+        let mut talk = Talk::default();
         let result =
-            self.connect(source).and_then(|(sender, receiver)| self.receive(&sender, receiver, sink, &mut useful));
-        (result.err().unwrap_or(StreamError::Closed), useful)
+            self.connect(source).and_then(|(sender, receiver)| self.receive(&sender, receiver, sink, &mut talk));
+        (result.err().unwrap_or(StreamError::Closed), talk)
     }
 
     fn connect(&self, source: &SourceAddress) -> Result<(Sender, Receiver), StreamError> {
@@ -287,7 +299,7 @@ impl Upstream {
         sender: &Sender,
         mut receiver: Receiver,
         sink: &Weak<S>,
-        useful: &mut bool,
+        talk: &mut Talk,
     ) -> Result<(), StreamError> {
         let mut frames = Vec::new();
         {
@@ -325,7 +337,7 @@ impl Upstream {
                 continue;
             };
             match frame.message {
-                Message::Pages(pages) => *useful |= self.take(frame.req, &pages, &*sink)?,
+                Message::Pages(pages) => self.take(frame.req, &pages, &*sink, talk)?,
                 Message::Error { message, .. } => return Err(refused(message)),
                 Message::Pong { .. } | Message::LayerOpened { .. } => {}
                 _ => return Err(refused("it sent a frame that only an asker sends")),
@@ -333,9 +345,9 @@ impl Upstream {
         }
     }
 
-    /// Checks and keeps pages. True when their request has ended.
-    fn take(&self, number: u32, pages: &Pages<'_>, sink: &impl Sink) -> Result<bool, StreamError> {
-        let Some(run) = crate::lock(&self.state).pending.get(&number).copied() else { return Ok(false) };
+    /// Checks and keeps pages.
+    fn take(&self, number: u32, pages: &Pages<'_>, sink: &impl Sink, talk: &mut Talk) -> Result<(), StreamError> {
+        let Some(run) = crate::lock(&self.state).pending.get(&number).copied() else { return Ok(()) };
         let layer = self.disk.layer();
         let room = |err: io::Error| StreamError::Io { what: "writing to the cache (is there room?)", source: err };
         let damaged = |err: ramet_wire::WireError| {
@@ -373,27 +385,36 @@ impl Upstream {
                         unpacked.extend_from_slice(&page);
                     }
                 }
-                Encoding::Absent => {
-                    return Err(refused(&format!("it does not hold the disk's bytes from {}", first * PAGE)));
-                }
+                Encoding::Absent => drop(talk.lacking.insert(number)),
             }
         }
         if !unpacked.is_empty() {
             sink.store(begin, &unpacked).map_err(room)?;
         }
         let mut state = crate::lock(&self.state);
-        state.progress = Some(Instant::now());
-        if !pages.last {
-            return Ok(false);
+        // Who only says what it has not says nothing.
+        if !talk.lacking.contains(&number) {
+            state.progress = Some(Instant::now());
         }
-        if !sink.has(run) {
+        if !pages.last {
+            return Ok(());
+        }
+        let complete = sink.has(run);
+        if complete {
+            talk.useful = true;
+            talk.lacking.remove(&number);
+            state.pending.remove(&number);
+            state.error = None;
+        } else if !talk.lacking.contains(&number) {
             return Err(refused("it did not send all pages that were asked for"));
         }
-        state.pending.remove(&number);
-        state.error = None;
+        let wanted = state.pending.values().next().filter(|_| state.pending.keys().all(|n| talk.lacking.contains(n)));
+        let left = wanted.map(|run| run.start * PAGE);
         drop(state);
-        sink.done(run);
-        Ok(true)
+        if complete {
+            sink.done(run);
+        }
+        left.map_or(Ok(()), |from| Err(refused(&format!("it does not have the disk's bytes from {from} on"))))
     }
 }
 

@@ -22,7 +22,7 @@ use std::{
     thread::JoinHandle,
     time::Duration,
 };
-use support::{LIMIT, World, exports, run, soon};
+use support::{LIMIT, Process, World, exports, run, soon};
 
 const MIB: u64 = 1 << 20;
 
@@ -122,6 +122,48 @@ fn another_source_takes_over() {
     assert!(second.status(world.disk).served_bytes > 0);
     world.a.signal("-CONT");
     world.compare(&socket);
+}
+
+#[test]
+fn what_a_host_has_fetched_others_get_from_it_and_nothing_else() {
+    let (world, socket) = world(12);
+    let c = world.process("c", world.family);
+    let pages = world.chain.truth.len() as u64 / 4096;
+    let read = |client: &mut Client, page: u64| {
+        let mut bytes = [0; 4096];
+        client.read(page * 4096, &mut bytes).unwrap();
+        assert!(bytes == world.chain.truth[page as usize * 4096..][..4096], "page {page} is wrong");
+    };
+    let mut first = Client::connect(&socket, "", LIMIT).unwrap();
+    (0..pages / 2).for_each(|page| read(&mut first, page));
+    // Nobody but the host with the cache: what it has comes, then readers wait.
+    let unknown = ExtentMap::uniform(8 * MIB, Kind::Data).unwrap();
+    let socket = c.add_remote(world.disk, &unknown, None, &[world.b.address()]);
+    let reader = Reader::start(&world, &socket, Duration::ZERO);
+    reader.gets_on(pages / 2);
+    let stalled = soon("it is stalled", || c.status(world.disk).stalled);
+    assert!(stalled.reason.contains("does not have"), "{stalled:?}");
+    assert_eq!(world.b.status(world.disk).passed_on_bytes, 4 * MIB, "each once");
+    // With the checkpoint's host the rest comes, from there.
+    let fetched = |process: &Process| process.status(world.disk).fetched_bytes;
+    let before = (fetched(&world.b), world.a.status(world.disk).served_bytes);
+    let sources = vec![world.b.address(), world.a.address()];
+    c.ask(&Request::Sources { disk: world.disk, sources: sources.clone() }).unwrap();
+    assert_eq!(c.status(world.disk).sources, sources);
+    assert_eq!(reader.end(), 0);
+    world.compare(&socket);
+    assert_eq!(fetched(&world.b), before.0, "a host fetches nothing for another");
+    assert_eq!(world.a.status(world.disk).served_bytes - before.1, 4 * MIB);
+    // And what came from both may be passed on, too.
+    let d = world.process("d", world.family);
+    let all = [world.a.address(), world.b.address(), c.address()];
+    world.a.signal("-STOP");
+    let socket = d.add_remote(world.disk, &unknown, None, &all);
+    world.compare(&socket);
+    world.a.signal("-CONT");
+    c.ask(&Request::Drop { disk: world.disk }).unwrap();
+    let gone = Request::Sources { disk: world.disk, sources };
+    assert_eq!(c.ask(&gone).unwrap_err().code, "no_such_disk");
 }
 
 #[test]

@@ -325,6 +325,9 @@ impl Daemon {
             self.take_back(plan, &shares).await;
             return Err(err);
         }
+        if !plan.leases.is_empty() {
+            self.spread_sources(record.id);
+        }
         let mut clones: Vec<CloneResult> = shares.into_values().filter_map(Result::ok).flatten().collect();
         clones.sort_by_key(|c| c.vm.clone_number);
         for clone in &mut clones {

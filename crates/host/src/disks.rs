@@ -1,11 +1,11 @@
-//! Disks of VMs: overlays over golden images, frozen at checkpoints, served to other hosts.
+//! Disks of VMs: overlays over golden images, frozen at checkpoints. How other hosts get them: [`crate::served_disks`].
 //!
 //! An overlay is a file `DISK_DIR/FAMILY/ID.qcow2`. One that is frozen carries the name of the frozen disk that it is the
 //! uppermost part of, with which other hosts ask for it. Overlays that are on no record are removed ([`Daemon::sweep_disks`]),
 //! so whoever needs one puts it on record first.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs, io,
     ops::Range,
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
@@ -17,24 +17,18 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ramet_client::api::{ErrorCode, PeerDisk, PeerGolden, VmState};
-use ramet_disk::{
-    ChainPaths, DiskId,
-    control::{DiskStatus, ExtentsReply, FrozenReply, RemoteReply, Request, SourceAddress, StatusReply},
-    overlay::Templates,
-};
-use ramet_memory::{ByteSize, FamilyId, VmId};
+use ramet_client::api::{ErrorCode, VmState};
+use ramet_disk::{ChainPaths, DiskId, overlay::Templates};
+use ramet_memory::{ByteSize, FamilyId, ImageId, VmId};
 use ramet_vmm::{Base, DiskChain, LayerSwap, VmProcess};
-use serde::de::DeserializeOwned;
 
 use crate::{
     backend,
-    checkpoints::{busy, pager_failed},
+    checkpoints::busy,
     daemon::Daemon,
     error::{ApiError, ApiResult},
     memory,
-    pagers::Pager,
-    state::{CheckpointRecord, FrozenDisk, Golden, Merging, Origin, State, VmDisk, VmRecord},
+    state::{FrozenDisk, Golden, Merging, State, VmDisk, VmRecord},
     stats::lock,
     vms::Running,
 };
@@ -45,8 +39,6 @@ const MERGE_LATER: Duration = Duration::from_secs(1);
 const MERGE_SHARED: usize = 4;
 /// Room that merging leaves to those who write.
 const MERGE_LEAVES: u64 = 64 << 20;
-/// How long a request to a server of frozen disks may take.
-const CALL: Duration = Duration::from_secs(30);
 /// How soon a VM whose disk failed is continued.
 const RETRY: Duration = Duration::from_millis(300);
 
@@ -56,10 +48,12 @@ type BoxFuture<'a> = Pin<Box<dyn Future<Output = String> + Send + 'a>>;
 #[derive(Debug)]
 pub(crate) struct Disks {
     templates: Arc<Templates>,
+    /// Where the servers are of other hosts that fetch disks of this host's checkpoints.
+    pub(crate) sources: Mutex<HashMap<ImageId, BTreeMap<String, String>>>,
     /// Golden images that were found, by hash.
     golden: Mutex<HashMap<String, PathBuf>>,
     /// Overlays, and disks of other hosts, that are on no record yet.
-    making: Mutex<BTreeSet<DiskId>>,
+    pub(crate) making: Mutex<BTreeSet<DiskId>>,
     /// Held by whoever merges layers: one at a time.
     merging: tokio::sync::Mutex<()>,
 }
@@ -68,6 +62,7 @@ impl Disks {
     pub(crate) fn new(config: &crate::config::Config) -> Self {
         Self {
             templates: Arc::new(Templates::new(config.disk_dir.join("templates"))),
+            sources: Mutex::default(),
             golden: Mutex::default(),
             making: Mutex::default(),
             merging: tokio::sync::Mutex::default(),
@@ -511,116 +506,6 @@ impl Daemon {
         }
     }
 
-    // ---------------------------------------------------------------------------------------------- other hosts
-
-    async fn disk_server(&self, family: FamilyId) -> ApiResult<Arc<Pager>> {
-        let server = self.disk_servers.ensure(family).await;
-        server.map_err(|e| ApiError::failed("Failed to start the server of frozen disks", e))
-    }
-
-    async fn ask_disk_server<T: DeserializeOwned>(&self, server: &Pager, request: &Request) -> ApiResult<T> {
-        let answer = server.control.call(request, true, CALL).await;
-        answer.map_err(|e| pager_failed("The server of frozen disks", e))
-    }
-
-    /// What another host needs to open a checkpoint's disk.
-    pub(crate) async fn offer_disk(&self, record: &CheckpointRecord) -> ApiResult<Option<PeerDisk>> {
-        let Some(frozen) = &record.disk else { return Ok(None) };
-        let Some(disk) = frozen.layers.last().copied() else {
-            return Err(ApiError::internal("a checkpoint's disk has no layer"));
-        };
-        let server = self.disk_server(record.family).await?;
-        let address = self.disk_servers.listen(&server).await;
-        let address = address.map_err(|e| ApiError::failed("The disk can't be served to other hosts", e))?;
-        let golden = match frozen.origin {
-            Some(_) => None,
-            None => Some(self.golden_file(&frozen.golden).await?),
-        };
-        let chain = ChainPaths {
-            size: frozen.size.bytes(),
-            golden,
-            origin: frozen.origin.as_ref().map(|o| o.socket.clone()),
-            layers: frozen.layers.iter().map(|l| self.overlay_path(record.family, *l)).collect(),
-        };
-        let _: FrozenReply = self.ask_disk_server(&server, &Request::FrozenAdd { disk, chain }).await?;
-        let map: ExtentsReply = self.ask_disk_server(&server, &Request::Extents { disk }).await?;
-        let extents = serde_json::to_value(&map.extents).ok().and_then(|v| v.as_str().map(str::to_owned));
-        let peer = |g: &Golden| PeerGolden { image: g.image.clone(), hash: g.hash.clone() };
-        Ok(Some(PeerDisk {
-            disk: disk.to_string(),
-            size: frozen.size.bytes(),
-            golden: peer(&frozen.golden),
-            volumes: frozen.volumes.iter().map(peer).collect(),
-            extents: extents.ok_or_else(|| ApiError::internal("a map of extents is no text"))?,
-            address,
-        }))
-    }
-
-    /// Has this host serve another host's frozen disk to its QEMUs. Not forgotten until [`Daemon::overlay_settled`].
-    pub(crate) async fn import_disk(&self, family: FamilyId, host: &str, offer: &PeerDisk) -> ApiResult<FrozenDisk> {
-        let bad = |what: String| ApiError::new(ErrorCode::BadRequest, format!("The checkpoint's disk: {what}"));
-        let disk: DiskId = offer.disk.parse().map_err(|e: ramet_memory::IdError| bad(e.to_string()))?;
-        let extents = serde_json::from_value(serde_json::Value::String(offer.extents.clone()));
-        let extents = extents.map_err(|e| bad(format!("its map is not understood: {e}")))?;
-        let ours = |g: &PeerGolden| Golden { image: g.image.clone(), hash: g.hash.clone() };
-        let golden = ours(&offer.golden);
-        let volumes: Vec<_> = offer.volumes.iter().map(ours).collect();
-        for volume in &volumes {
-            self.golden_file(volume).await?;
-        }
-        let server = self.disk_server(family).await?;
-        let sources = vec![SourceAddress { addr: offer.address.clone(), name: host.to_owned() }];
-        // Without the image here, its part is fetched like the rest.
-        let here = self.golden_file(&golden).await.ok();
-        let request = Request::RemoteAdd { disk, size: offer.size, golden: here, extents, sources };
-        lock(&self.disks.making).insert(disk);
-        let reply: ApiResult<RemoteReply> = self.ask_disk_server(&server, &request).await;
-        let reply = reply.inspect_err(|_| self.overlay_settled(disk))?;
-        let origin = Some(Origin { disk, socket: reply.socket });
-        Ok(FrozenDisk { size: ByteSize(offer.size), golden, origin, layers: Vec::new(), volumes })
-    }
-
-    /// What the family's server of frozen disks tells; none: it has none.
-    pub(crate) async fn disk_server_status(&self, family: FamilyId) -> Option<StatusReply> {
-        let server = self.disk_servers.get(family)?;
-        server.control.call(&Request::Status, true, Duration::from_secs(1)).await.ok()
-    }
-
-    /// The disk of another host that a VM's lies over, if it does.
-    pub(crate) async fn remote_disk(&self, vm: &VmRecord) -> Option<DiskStatus> {
-        let origin = vm.disk.as_ref()?.frozen.origin.as_ref()?.disk;
-        self.remote_disks(std::slice::from_ref(vm)).await.remove(&origin)
-    }
-
-    /// The disks of other hosts that living VMs' disks lie over.
-    pub(crate) async fn remote_disks(&self, vms: &[VmRecord]) -> HashMap<DiskId, DiskStatus> {
-        let over = |vm: &&VmRecord| vm.alive() && vm.disk.as_ref().is_some_and(|d| d.frozen.origin.is_some());
-        let families: BTreeSet<_> = vms.iter().filter(over).map(|vm| vm.family).collect();
-        let mut disks = HashMap::new();
-        for family in families {
-            let status = self.disk_server_status(family).await.unwrap_or_default();
-            disks.extend(status.disks.into_iter().map(|disk| (disk.disk, disk)));
-        }
-        disks
-    }
-
-    /// Has the family's server forget disks that no record has any more.
-    async fn forget_served(&self, family: FamilyId) {
-        let Some(status) = self.disk_server_status(family).await else { return };
-        // What is no longer being made is on record, or needed by nobody.
-        let making = lock(&self.disks.making).clone();
-        let needed = self.store.read(|s| served(s, family));
-        for disk in status.disks.iter().map(|d| d.disk).filter(|d| !needed.contains(d) && !making.contains(d)) {
-            if let Some(server) = self.disk_servers.get(family) {
-                let dropped: ApiResult<serde_json::Value> =
-                    self.ask_disk_server(&server, &Request::Drop { disk }).await;
-                if let Err(err) = dropped {
-                    tracing::warn!(%disk, "{err}");
-                }
-            }
-        }
-    }
-
     // ------------------------------------------------------------------------------------------------- cleaning
 
     /// Removes the family's overlays that are on no record, and has its server forget what nobody needs.
@@ -714,20 +599,16 @@ fn to_merge(layers: usize, shared: usize, most: usize, size: impl Fn(usize) -> u
     Some(start..end)
 }
 
-/// Frozen disks that the family's server serves to QEMUs or to other hosts.
-fn served(state: &State, family: FamilyId) -> BTreeSet<DiskId> {
-    let vms = state.vms.values().filter(|vm| vm.family == family && vm.alive()).filter_map(|vm| vm.disk.as_ref());
-    let checkpoints: Vec<_> =
-        state.checkpoints.values().filter(|c| c.family == family).filter_map(|c| c.disk.as_ref()).collect();
-    let origins =
-        vms.map(|d| &d.frozen).chain(checkpoints.iter().copied()).filter_map(|d| Some(d.origin.as_ref()?.disk));
-    origins.chain(checkpoints.iter().filter_map(|d| d.layers.last().copied())).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::tests::{checkpoint, vm};
+    use crate::{
+        served_disks::served,
+        state::{
+            Origin,
+            tests::{checkpoint, vm},
+        },
+    };
 
     fn frozen(layers: &[u128], origin: Option<u128>) -> FrozenDisk {
         FrozenDisk {

@@ -50,6 +50,7 @@ mod prepared;
 mod reboot;
 pub mod recover;
 pub mod remote;
+mod served_disks;
 pub mod state;
 pub mod stats;
 mod tunnel;

@@ -100,6 +100,8 @@ pub(crate) fn disk_counters<'a>(disks: impl IntoIterator<Item = &'a DiskStatus>)
             ("cached_bytes", sum(|d| d.cached_bytes)),
             ("golden_bytes", sum(|d| d.golden_bytes)),
             ("served_bytes", sum(|d| d.served_bytes)),
+            ("passed_on_bytes", sum(|d| d.passed_on_bytes)),
+            ("sources", sum(|d| d.sources.len() as u64)),
             ("requests", sum(|d| d.requests)),
             ("damaged_pages", sum(|d| d.damaged_pages)),
             ("waiting", sum(|d| d.waiting)),

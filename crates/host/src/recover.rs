@@ -89,6 +89,10 @@ impl Daemon {
         if self.peers.files().trusted() {
             crate::peers::join::catch_up(&self.peers);
             self.tell_key();
+            let shared: Vec<_> = self.store.read(|s| s.checkpoints.keys().copied().collect());
+            for image in shared {
+                self.spread_sources(image);
+            }
         }
         tokio::spawn(crate::logs::keep_short(self.config.clone()));
         tokio::spawn(self.clone().prepare_clones());

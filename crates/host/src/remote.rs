@@ -131,7 +131,7 @@ impl Daemon {
     }
 
     /// A pager that listens on all addresses is reached at the one that other hosts know.
-    fn reachable(&self, listen: &str) -> String {
+    pub(crate) fn reachable(&self, listen: &str) -> String {
         let known = self.peers.own_address().and_then(|a| a.parse::<SocketAddr>().ok());
         match (listen.parse::<SocketAddr>(), known) {
             (Ok(listen), Some(known)) if listen.ip().is_unspecified() => {
@@ -284,7 +284,7 @@ impl Daemon {
         self.check_share(&parent, planned.len())?;
         let import = async {
             let Some(offer) = &request.disk else { return ApiResult::Ok(record.clone()) };
-            let disk = Some(self.import_disk(record.family, &request.origin, offer).await?);
+            let disk = Some(self.import_disk(record.family, offer).await?);
             self.store.amend(|s| {
                 if let Some(checkpoint) = s.checkpoints.get_mut(&image) {
                     checkpoint.disk.clone_from(&disk);
@@ -466,7 +466,7 @@ fn layers_of(descriptor: &Descriptor) -> ApiResult<Vec<ramet_memory::LayerId>> {
     Ok(spec.layers.iter().map(|l| l.id).collect())
 }
 
-fn parse_image(id: &str) -> ApiResult<ImageId> {
+pub(crate) fn parse_image(id: &str) -> ApiResult<ImageId> {
     id.parse().map_err(|e: ramet_memory::IdError| ApiError::new(ErrorCode::BadRequest, e.to_string()))
 }
 

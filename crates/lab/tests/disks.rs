@@ -311,6 +311,51 @@ async fn guests_wait_for_servers_of_disks_that_die_or_are_silent() {
 }
 
 #[tokio::test]
+async fn hosts_get_from_one_another_what_they_have_of_a_disk_when_its_own_is_away() {
+    let mut lab = lab("disksources", 3).await;
+    let (home, near, far) = (lab.client(1), lab.client(2), lab.client(3));
+    boot(&home, &guest("web")).await;
+    files(&home, "web", 3, 6).await;
+    let (made, first) = fork(&home, "web", 1, &["h2"]).await;
+    assert!(reads(&near, &first[0], "f0").await);
+    let id = made.parent.checkpoint.id.to_string();
+    let later = home.clone_checkpoint(&id, &clones(1, &["h3"])).await.unwrap().clones.remove(0).vm.name;
+    // Those before hear of those after them, and the other way round.
+    let counter = |client: &Client, vm: &str, name: &'static str| {
+        let (client, vm) = (client.clone(), vm.to_owned());
+        async move { client.vm_stats(&vm).await.unwrap().disk.unwrap().get(name) }
+    };
+    for (client, name) in [(&near, &first[0]), (&far, &later)] {
+        until("it knows of both", || async { counter(client, name, "sources").await == 2 }).await;
+    }
+    let server = pids(&lab, 1, "ramet-disk")[0];
+    signal(server, Signal::STOP);
+    assert!(reads(&far, &later, "f0").await, "what one has, the other gets");
+    let passed_on = counter(&near, &first[0], "passed_on_bytes").await;
+    assert!(passed_on >= 6 << 20, "{passed_on}");
+    // And the other way round, while nobody has the rest: that is waited for.
+    let read = reading(&near, &first[0], "f1").await;
+    until("the clone is stalled", || async { vm(&near, &first[0]).await.state == VmState::Stalled }).await;
+    assert!(!read.is_finished());
+    // The daemon there dies, too, and finds again who has what.
+    signal(server, Signal::CONT);
+    assert!(read.await.unwrap());
+    lab.kill_host_daemon(1).unwrap();
+    lab.restart_host_daemon(1).await.unwrap();
+    let home = lab.client(1);
+    let third = home.clone_checkpoint(&id, &clones(1, &["h3"])).await.unwrap().clones.remove(0).vm.name;
+    until("it knows of both", || async { counter(&far, &third, "sources").await == 2 }).await;
+    signal(pids(&lab, 1, "ramet-disk")[0], Signal::STOP);
+    assert!(reads(&far, &third, "f1").await);
+    signal(pids(&lab, 1, "ramet-disk")[0], Signal::CONT);
+    for (client, name) in [(&near, &first[0]), (&far, &later), (&far, &third)] {
+        unharmed(client, name).await;
+    }
+    all_gone(&lab, &[1, 2, 3]).await;
+    lab.down().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_host_without_room_for_a_disk_stalls_who_writes_and_nobody_else() {
     let lab = lab("diskfull", 1).await;
     let home = lab.client(1);

@@ -280,7 +280,8 @@ pub struct PagerInfo {
     /// Counters by checkpoint id.
     pub images: BTreeMap<String, Counters>,
     /// Counters of the family's server of frozen disks, when it has one: `fetched_bytes` and `cached_bytes` of other
-    /// hosts' disks, `golden_bytes` read from images of this host, `served_bytes` to QEMUs and to other hosts.
+    /// hosts' disks, `golden_bytes` read from images of this host, `served_bytes` to QEMUs and of this host's disks to other
+    /// hosts, `passed_on_bytes` to other hosts of what was fetched.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<Counters>,
 }

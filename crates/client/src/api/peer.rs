@@ -77,8 +77,35 @@ pub struct PeerDisk {
     pub volumes: Vec<PeerGolden>,
     /// Which of its pages are as in the golden image, zero, or data: base64, as `ramet_disk` encodes it.
     pub extents: String,
-    /// `IP:PORT` of the `ramet-disk` that serves it.
+    /// Who serves it: first the checkpoint's host, which has all of it, then those that have some.
+    pub sources: Vec<PeerSource>,
+}
+
+/// A host that serves pages of a frozen disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PeerSource {
+    /// The host's name.
+    pub host: String,
+    /// `IP:PORT` of its `ramet-disk`.
     pub address: String,
+}
+
+/// `PUT /v1/peer/images/{id}/disk`: who has pages of the disk of the sender's checkpoint.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PeerDiskSources {
+    /// The disk's id.
+    pub disk: String,
+    /// Who serves it, best first.
+    pub sources: Vec<PeerSource>,
+}
+
+/// Answers it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PeerDiskServer {
+    /// `IP:PORT` of the `ramet-disk` that serves what the host has of the disk; none: it has nothing of it.
+    pub address: Option<String>,
 }
 
 /// A member of a family: its address follows from it.

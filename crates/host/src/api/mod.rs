@@ -111,6 +111,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/peer/boot/{hash}", get(peer::boot))
         .route("/v1/peer/tunnel", put(peer::tunnel))
         .route("/v1/peer/images/{id}", get(peer::image).delete(peer::image_drop))
+        .route("/v1/peer/images/{id}/disk", put(peer::disk_sources))
         .route("/v1/peer/leases/{lease}", delete(peer::abort))
         .route("/v1/peer/leases/{lease}/commit", post(peer::commit))
         .fallback(nothing_here)

@@ -61,6 +61,7 @@ use super::{checkpoints, hosts, networks, peer, upgrade, vms};
         peer::tunnel,
         peer::image,
         peer::image_drop,
+        peer::disk_sources,
         peer::abort,
         peer::commit,
     ),

@@ -8,8 +8,8 @@ use axum::{
     response::IntoResponse,
 };
 use ramet_client::api::{
-    CloneResponse, ErrorBody, ErrorCode, PeerCommit, PeerHosts, PeerImageUse, PeerJoinReply, PeerJoinRequest,
-    PeerMembers, PeerPoolRequest, PeerTunnel, PoolStatus,
+    CloneResponse, ErrorBody, ErrorCode, PeerCommit, PeerDiskServer, PeerDiskSources, PeerHosts, PeerImageUse,
+    PeerJoinReply, PeerJoinRequest, PeerMembers, PeerPoolRequest, PeerTunnel, PoolStatus,
 };
 
 use super::{Answer, Body, Caller, Daemonic};
@@ -91,6 +91,19 @@ pub(super) async fn image(State(daemon): Daemonic, Path(id): Path<String>) -> An
 pub(super) async fn image_drop(State(daemon): Daemonic, Path(id): Path<String>) -> ApiResult<StatusCode> {
     daemon.peer_image_drop(&id).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Tells who else has pages of the disk of the sender's checkpoint; the answer: where this host serves them.
+#[utoipa::path(put, path = "/v1/peer/images/{id}/disk", tag = "peer", params(("id" = String, Path, description = "The checkpoint's id")),
+    request_body = PeerDiskSources,
+    responses((status = 200, body = PeerDiskServer), (status = "default", body = ErrorBody)))]
+pub(super) async fn disk_sources(
+    State(daemon): Daemonic,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+    Body(request): Body<PeerDiskSources>,
+) -> Answer<PeerDiskServer> {
+    Ok(Json(daemon.peer_disk_sources(sender(&caller)?, &id, &request).await?))
 }
 
 /// Ends a lease; its VMs are gone when this answers.
