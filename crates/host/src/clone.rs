@@ -221,12 +221,18 @@ impl Daemon {
         let call = VmId::random().to_string();
         let clones = self.store.update(|s| {
             let mut clones = assign(s, parent, request, &hosts, &self.config.name, &taken)?;
+            let (mut nics, mut joined) = (Vec::new(), BTreeMap::<FamilyId, Vec<VmNic>>::new());
             for clone in &mut clones {
                 if networked {
-                    clone.nic = Some(self.new_member(s, parent.family)?);
+                    let nic = self.new_member(s, parent.family, &nics)?;
+                    nics.push(nic.clone());
+                    clone.nic = Some(nic);
                 }
                 for network in &parent.joined {
-                    clone.joined.push(self.join(s, *network)?);
+                    let taken = joined.entry(*network).or_default();
+                    let place = self.join(s, *network, taken)?;
+                    taken.push(place.nic.clone());
+                    clone.joined.push(place);
                 }
             }
             let ours: Vec<_> = clones.iter().filter(|c| c.host == self.config.name).cloned().collect();

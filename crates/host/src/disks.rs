@@ -532,16 +532,11 @@ impl Daemon {
         tokio::spawn(async move { daemon.forget_served(family).await });
     }
 
-    /// Overlays of families that are on no record.
+    /// The same of all families that have files here, also of those that are on no record.
     pub(crate) fn sweep_lost_disks(self: &Arc<Self>) {
         for entry in fs::read_dir(&self.config.disk_dir).into_iter().flatten().flatten() {
-            let family = entry.file_name().to_str().and_then(|n| n.parse::<FamilyId>().ok());
-            match family {
-                Some(family) if self.store.read(|s| s.families.contains_key(&family)) => self.sweep_disks(family),
-                Some(_) => {
-                    let _ = fs::remove_dir_all(entry.path());
-                }
-                None => {}
+            if let Some(family) = entry.file_name().to_str().and_then(|n| n.parse::<FamilyId>().ok()) {
+                self.sweep_disks(family);
             }
         }
     }

@@ -232,9 +232,11 @@ impl Daemon {
     // ------------------------------------------------------------------------------------------------ addresses
 
     /// A place in the family's network for a new VM of this host, or for a clone that another host makes.
-    pub(crate) fn new_member(&self, state: &mut State, family: FamilyId) -> ApiResult<VmNic> {
-        let prepared = self.shelf.nics(family);
-        free_number(state, family, self.peers.own_number(), self.nets.plan(), &prepared)
+    /// `also_taken`: those that were given just now and are not on record yet.
+    pub(crate) fn new_member(&self, state: &mut State, family: FamilyId, also_taken: &[VmNic]) -> ApiResult<VmNic> {
+        let mut taken = self.shelf.nics(family);
+        taken.extend_from_slice(also_taken);
+        free_number(state, family, self.peers.own_number(), self.nets.plan(), &taken)
     }
 
     /// The place that another host gave.
@@ -335,11 +337,12 @@ impl Daemon {
     }
 
     /// A place in a network with a name.
-    pub(crate) fn join(&self, state: &mut State, network: FamilyId) -> ApiResult<Joined> {
+    /// `also_taken`: as in [`Daemon::new_member`].
+    pub(crate) fn join(&self, state: &mut State, network: FamilyId, also_taken: &[VmNic]) -> ApiResult<Joined> {
         let range = state.networks.values().find(|n| n.id == network).map(|n| n.range);
         let range =
             range.ok_or_else(|| ApiError::new(ErrorCode::NotFound, "A network that it has joined was removed"))?;
-        Ok(Joined { network, nic: free_number(state, network, range, self.nets.plan(), &[])? })
+        Ok(Joined { network, nic: free_number(state, network, range, self.nets.plan(), also_taken)? })
     }
 
     /// Places in the networks of these names.
@@ -347,7 +350,7 @@ impl Daemon {
         let mut joined = Vec::new();
         for name in names {
             let network = state.networks.get(name).ok_or_else(|| no_network(name))?.id;
-            joined.push(self.join(state, network)?);
+            joined.push(self.join(state, network, &[])?);
         }
         Ok(joined)
     }

@@ -276,7 +276,7 @@ impl Daemon {
             if record.spec.nics == 0 {
                 return ApiResult::Ok(None);
             }
-            let nic = self.store.update(|s| self.new_member(s, family))?;
+            let nic = self.store.update(|s| self.new_member(s, family, &[]))?;
             let tap = self.plug(family, &made.process, 0, &nic, false).await?;
             Ok(Some(VmNic { tap, ..nic }))
         };

@@ -94,6 +94,13 @@ impl Daemon {
                 self.spread_sources(image);
             }
         }
+        let images = self.images.clone();
+        tokio::task::spawn_blocking(move || {
+            // Of a disk that was being kept.
+            if let Err(err) = images.sweep() {
+                tracing::warn!("an image that was not finished is left: {err}");
+            }
+        });
         tokio::spawn(crate::logs::keep_short(self.config.clone()));
         tokio::spawn(self.clone().prepare_clones());
     }
@@ -176,6 +183,11 @@ impl Daemon {
         }
         tracing::info!(vm = %vm.id, name = vm.name, pid = running.process.pid(), "found the VM again");
         self.warm_pool(&vm.spec);
+        // It was booting when the daemon before died, and was not told who it is.
+        if vm.guest == "linux" && !vm.agent {
+            let daemon = self.clone();
+            tokio::spawn(async move { daemon.greet_again(&running).await });
+        }
     }
 
     /// A VM has died while no daemon looked.

@@ -330,7 +330,7 @@ impl Daemon {
             if let Some(egress) = egress {
                 let network = Some(self.new_network(s, egress, request.rate)?);
                 s.families.insert(family, FamilyRecord { id: family, network });
-                let nic = self.new_member(s, family)?;
+                let nic = self.new_member(s, family, &[])?;
                 if let Some(vm) = s.vms.get_mut(&id) {
                     vm.nic = Some(nic);
                 }

@@ -375,21 +375,42 @@ impl ImageStore {
     /// Keeps other writers of this store out until it is dropped.
     pub(crate) fn lock(&self) -> Result<File, ImageError> {
         fs::create_dir_all(&self.dir).named("make", &self.dir)?;
+        self.lock_by(rustix::fs::FlockOperation::LockExclusive)
+    }
+
+    fn lock_by(&self, operation: rustix::fs::FlockOperation) -> Result<File, ImageError> {
         let path = self.dir.join(".lock");
         let file = File::options().create(true).append(true).open(&path).named("open", &path)?;
-        rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)
-            .map_err(io::Error::from)
-            .named("lock", &path)?;
+        rustix::fs::flock(&file, operation).map_err(io::Error::from).named("lock", &path)?;
         Ok(file)
     }
 
-    /// A new directory within the store; those that a killed build left behind are removed. Needs the lock.
-    pub(crate) fn workplace(&self) -> Result<tempfile::TempDir, ImageError> {
+    /// Removes what those left behind who were killed while they made an image. Nothing, while one is being made.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn sweep(&self) -> Result<(), ImageError> {
+        if !self.dir.is_dir() {
+            return Ok(());
+        }
+        match self.lock_by(rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(_lock) => self.remove_unfinished(),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn remove_unfinished(&self) -> Result<(), ImageError> {
         for entry in fs::read_dir(&self.dir).named("read", &self.dir)?.flatten() {
             if entry.file_name().to_string_lossy().starts_with(BUILDING) {
                 fs::remove_dir_all(entry.path()).named("remove", &entry.path())?;
             }
         }
+        Ok(())
+    }
+
+    /// A new directory within the store; those that a killed build left behind are removed. Needs the lock.
+    pub(crate) fn workplace(&self) -> Result<tempfile::TempDir, ImageError> {
+        self.remove_unfinished()?;
         tempfile::Builder::new().prefix(BUILDING).tempdir_in(&self.dir).named("make a directory in", &self.dir)
     }
 
@@ -679,6 +700,22 @@ mod tests {
         store.add_tiny(&binary).unwrap();
         assert_eq!(store.load("tiny").unwrap().size(), 5);
         assert_eq!(fs::read_dir(store.dir()).unwrap().count(), 2, "the lock and the image");
+    }
+
+    #[test]
+    fn what_a_killed_build_left_is_swept_unless_one_is_under_way() {
+        let (dir, store) = store();
+        let left = store.dir().join(".build-left");
+        fs::create_dir_all(left.join("tree")).unwrap();
+        let lock = store.lock().unwrap();
+        store.sweep().unwrap();
+        assert!(left.exists(), "it may be in use");
+        drop(lock);
+        store.sweep().unwrap();
+        assert!(!left.exists());
+        assert_eq!(store.list().unwrap().len(), 1);
+        ImageStore::new(&dir.path().join("nosuch")).sweep().unwrap();
+        assert!(!dir.path().join("nosuch").exists());
     }
 
     #[test]

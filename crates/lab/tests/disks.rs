@@ -619,3 +619,79 @@ async fn a_disk_that_is_kept_is_an_image_and_one_that_cannot_be_is_as_it_was() {
     all_gone(&lab, &[1, 2]).await;
     lab.down().await.unwrap();
 }
+
+/// Wherever in the keeping of a disk, or in the merging of layers: the VM goes on with the disk it had, and both can be done.
+#[tokio::test]
+async fn the_daemon_dies_while_a_disk_is_kept_or_layers_are_merged() {
+    let images = tempfile::tempdir().unwrap();
+    let mut options = LabOptions::for_test("midway").unwrap().hosts(1).daemon_arg("--pool").daemon_arg("0");
+    for name in ["default", "web"] {
+        std::os::unix::fs::symlink(options.image_dir.join(name), images.path().join(name)).unwrap();
+    }
+    options.image_dir = images.path().to_owned();
+    options = options.daemon_arg("--merge-layers").daemon_arg("3");
+    let mut lab = Lab::up(&options).await.unwrap();
+    let home = lab.client(1);
+    let dir = state_dir(&lab, 1).await;
+    let web = boot(&home, &guest("web")).await.id.to_string();
+    files(&home, "web", 2, 6).await;
+
+    for part in ["'kept'", "%"] {
+        let keeping = tokio::spawn({
+            let home = home.clone();
+            async move { home.remove_vm_keeping_disk("web", "kept", false).await }
+        });
+        until("the disk is being kept", || async {
+            let now = vm(&home, "web").await;
+            now.state == VmState::Paused && now.state_reason.is_some_and(|why| why.contains(part))
+        })
+        .await;
+        lab.kill_host_daemon(1).unwrap();
+        keeping.await.unwrap().unwrap_err();
+        lab.restart_host_daemon(1).await.unwrap();
+        until("it runs again", || async { vm(&home, "web").await.state == VmState::Running }).await;
+        assert_eq!(right(&home, "web").await, 2);
+        let left = fs::read_dir(images.path()).unwrap().flatten().map(|e| e.file_name().into_string().unwrap());
+        let left: Vec<_> = left.filter(|name| !["default", "web", ".lock"].contains(&&**name)).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+
+    let layers = || async { vm(&home, "web").await.disk.unwrap().layers };
+    // From the beginning of a merged layer's file on, or from its record on.
+    for (moment, pause) in [(0, 0), (1, 0), (0, 30), (1, 2), (1, 4), (1, 8)] {
+        write_again(&home, "web").await;
+        let mut taken = Vec::new();
+        while layers().await < 3 || taken.is_empty() {
+            taken.push(
+                home.checkpoint("web", &api::CheckpointRequest::default()).await.unwrap().checkpoint.id.to_string(),
+            );
+        }
+        if moment == 0 {
+            let before = layers().await as usize + 1;
+            until("a merged layer is being written", || async { overlays(&dir).len() > before }).await;
+        } else {
+            until_recorded(&dir, "a merged layer is to be used", |state| {
+                !state["vms"][&web]["disk"]["merging"].is_null()
+            })
+            .await;
+        }
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        lab.kill_host_daemon(1).unwrap();
+        lab.restart_host_daemon(1).await.unwrap();
+        until("it runs", || async { vm(&home, "web").await.state == VmState::Running }).await;
+        assert!(right(&home, "web").await >= 2);
+        for id in taken.iter().rev() {
+            home.remove_checkpoint(id).await.unwrap();
+        }
+        // The next checkpoint has layers merged that were not.
+        let last = home.checkpoint("web", &api::CheckpointRequest::default()).await.unwrap().checkpoint.id;
+        until("layers are merged", || async { layers().await < 3 }).await;
+        home.remove_checkpoint(&last.to_string()).await.unwrap();
+        assert!(right(&home, "web").await >= 2);
+        until("old layers are gone", || async { overlays(&dir).len() == layers().await as usize + 1 }).await;
+    }
+    home.remove_vm_keeping_disk("web", "kept", false).await.unwrap();
+    assert!(images.path().join("kept").exists());
+    all_gone(&lab, &[1]).await;
+    lab.down().await.unwrap();
+}

@@ -7,7 +7,7 @@ use ramet_client::api::{self, ErrorCode, VmState};
 use ramet_lab::Lab;
 use ramet_memory::ByteSize;
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use support::*;
@@ -28,14 +28,6 @@ fn signal(pid: u32, signal: rustix::process::Signal) {
 
 async fn state_dir(lab: &Lab, host: usize) -> PathBuf {
     lab.client(host).info().await.unwrap().state_dir.into()
-}
-
-/// Changes what a host's daemon remembers, while it does not run.
-fn edit_state(state_dir: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
-    let path = state_dir.join("state.json");
-    let mut state = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    edit(&mut state);
-    std::fs::write(&path, serde_json::to_vec(&state).unwrap()).unwrap();
 }
 
 #[tokio::test]

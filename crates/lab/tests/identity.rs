@@ -5,7 +5,8 @@ mod support;
 
 use ramet_client::{Client, api};
 use ramet_lab::{Lab, LabOptions};
-use std::collections::BTreeSet;
+use ramet_memory::ByteSize;
+use std::{collections::BTreeSet, time::Duration};
 use support::*;
 
 /// Sends back what it gets.
@@ -227,6 +228,42 @@ async fn new_driver_and_new_boot(lab: &Lab, parent: &api::VmInfo, machines: &[ap
         assert!(leaked.is_empty(), "{leaked:#?}");
         assert!(machines.iter().any(|m| lines.iter().any(|l| speaks_as(l, &mac(m), &ip(m)))), "its own are seen");
     }
+}
+
+/// Wherever in the exchange of its QEMU: the clone boots, is told who it is, and nothing is left of the QEMU before.
+#[tokio::test]
+async fn a_clone_whose_daemon_dies_while_it_boots_anew_boots_all_the_same() {
+    let mut lab = lab("anew", 1).await;
+    let home = lab.client(1);
+    let request = api::RunRequest {
+        name: Some("web".into()),
+        memory: ByteSize::mib(128),
+        network: Some(api::Egress::None),
+        wait_agent_s: 240,
+        ..api::RunRequest::new("default")
+    };
+    home.run(&request).await.unwrap();
+    let (_, made) = fork(&home, "web", 1, &[]).await;
+    let machine = vm(&home, &made[0]).await;
+    let state: std::path::PathBuf = home.info().await.unwrap().state_dir.into();
+    for pause in [0, 40, 120, 250] {
+        // Of a clone again, each time.
+        let (_, made) = fork(&home, &machine.name, 1, &[]).await;
+        let clone = vm(&home, &made[0]).await;
+        let before = sh(&home, &clone.name, "cat /proc/sys/kernel/random/boot_id").await;
+        let _ = home.exec_collect(&clone.name, ["sh", "-c", "echo b >/proc/sysrq-trigger"]).await;
+        let id = clone.id.to_string();
+        until_recorded(&state, "it gets another QEMU", |state| state["vms"][&id]["rebooting"] == true).await;
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        lab.kill_host_daemon(1).unwrap();
+        lab.restart_host_daemon(1).await.unwrap();
+        boots_anew(&home, &clone, &before).await;
+        assert_eq!(sh(&home, &clone.name, "hostname").await, clone.name);
+        assert_eq!(pids(&lab, 1, "qemu").len(), 3, "one for each VM");
+        home.remove_vm(&clone.name, true).await.unwrap();
+    }
+    assert_eq!(sh(&home, &machine.name, "hostname").await, machine.name);
+    lab.down().await.unwrap();
 }
 
 /// Of what came in at all devices of a family's namespace: what came in at a clone's tap in its parent's name.

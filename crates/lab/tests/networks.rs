@@ -82,6 +82,43 @@ fn small(name: &str, network: api::Egress) -> api::RunRequest {
     }
 }
 
+/// A host has some 16000 addresses for a family's members. All but one are given away here, on its record.
+#[tokio::test]
+async fn a_host_out_of_addresses_refuses_clones_and_harms_nobody() {
+    let mut lab = lab("full", 1).await;
+    let home = lab.client(1);
+    let web = home.run(&small("web", api::Egress::None)).await.unwrap();
+    let (_, first) = fork(&home, "web", 1, &[]).await;
+    assert_eq!([ip(&web), ip(&vm(&home, &first[0]).await)], ["100.64.0.2", "100.64.0.3"]);
+    let state: std::path::PathBuf = home.info().await.unwrap().state_dir.into();
+    lab.kill_host_daemon(1).unwrap();
+    edit_state(&state, |state| {
+        let member = |[high, low]: [u8; 2]| serde_json::json!({ "mac": format!("02:52:64:40:{high:02x}:{low:02x}"), "ip": format!("100.64.{high}.{low}") });
+        let taken: Vec<_> = (5..16384u16).map(|index| member(index.to_be_bytes())).collect();
+        state["families"][web.family.to_string()]["network"]["hosts"]["away"] = taken.into();
+    });
+    lab.restart_host_daemon(1).await.unwrap();
+    let home = lab.client(1);
+    let (code, text) = refused(home.fork("web", &fork_of(clones(2, &[]))).await);
+    assert_eq!(code, ErrorCode::LimitReached, "{text}");
+    assert!(text.contains("no address left") && text.contains("another host"), "{text}");
+    assert_eq!(names(&home).await.len(), 2, "nothing was made");
+    assert_eq!(home.checkpoints().await.unwrap().checkpoints.len(), 1);
+    // There is one left, and again when its VM has gone.
+    for _ in 0..2 {
+        let (_, last) = fork(&home, "web", 1, &[]).await;
+        assert_eq!(ip(&vm(&home, &last[0]).await), "100.64.0.4");
+        assert_eq!(refused(home.fork("web", &fork_of(clones(1, &[]))).await).0, ErrorCode::LimitReached);
+        home.remove_vm(&last[0], true).await.unwrap();
+    }
+    // Another family has its own.
+    home.run(&small("other", api::Egress::None)).await.unwrap();
+    let (_, clone) = fork(&home, "other", 1, &[]).await;
+    assert_eq!(sh(&home, &clone[0], "hostname").await, clone[0]);
+    assert_eq!(sh(&home, &first[0], "hostname").await, first[0]);
+    lab.down().await.unwrap();
+}
+
 #[tokio::test]
 async fn nothing_leaves_a_tap_but_what_is_its_own() {
     let lab = lab("isolation", 2).await;

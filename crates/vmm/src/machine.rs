@@ -198,12 +198,21 @@ impl VmPaths {
     }
 }
 
+/// A path in QEMU's options: a comma is doubled there.
+fn escaped(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// The argument that tells QEMU where its control socket is, and others whose QEMU it is.
+pub(crate) fn qmp_argument(paths: &VmPaths) -> String {
+    format!("unix:{},server=on,wait=off", escaped(&paths.qmp))
+}
+
 /// QEMU's arguments. Addresses of devices are pinned, so that devices added later never move the others.
 pub(crate) fn arguments(spec: &MachineSpec, boot: &Boot, paths: &VmPaths, sandbox: bool, name: &str) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = Vec::new();
     let mut add = |flag: &str, value: String| arguments.extend([OsString::from(flag), OsString::from(value)]);
-    // A comma in a path is doubled in QEMU's options.
-    let path = |p: &Path| p.display().to_string().replace(',', ",,");
+    let path = escaped;
     let memory = spec.memory.bytes();
     let (accel, cpu) = match spec.accel {
         Accel::Tcg => ("tcg,thread=multi", "max"),
@@ -220,7 +229,7 @@ pub(crate) fn arguments(spec: &MachineSpec, boot: &Boot, paths: &VmPaths, sandbo
     add("-display", "none".to_owned());
     add("-vga", "none".to_owned());
     add("-rtc", "base=utc,clock=host".to_owned());
-    add("-qmp", format!("unix:{},server=on,wait=off", path(&paths.qmp)));
+    add("-qmp", qmp_argument(paths));
     // Appending, so that whoever cuts the file short leaves no hole in it.
     let log = format!("logfile={},logappend=on", path(&paths.console_log));
     add("-chardev", format!("socket,id=console,path={},server=on,wait=off,{log}", path(&paths.console)));

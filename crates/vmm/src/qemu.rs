@@ -13,7 +13,7 @@
 use crate::{
     Base, Boot, DiskChain, ExitInfo, LayerSwap, MachineSpec, NextOverlays, Nic, Resumed, SavedState, VmPaths,
     VmProcess, Vmm, VmmError, devices,
-    machine::arguments,
+    machine::{arguments, qmp_argument},
     process::{Process, start_time},
     qmp::{Event, Qmp},
 };
@@ -88,6 +88,15 @@ struct Record {
     pid: u32,
     started: u64,
     spec: MachineSpec,
+}
+
+impl Record {
+    /// Whole, or not at all.
+    fn write(&self, path: &Path) -> io::Result<()> {
+        let new = path.with_extension("new");
+        fs::write(&new, serde_json::to_vec(self)?)?;
+        fs::rename(&new, path)
+    }
 }
 
 fn file_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VmmError {
@@ -178,21 +187,21 @@ impl Qemu {
             _ => VmmError::Spawn { program, source },
         })?;
         let process = Process::watch(child.id()).map_err(file_error("watch the process of", &paths.dir))?;
-        let qmp = match connect(paths, &process, START).await {
+        // Before anything else: whoever comes after a daemon that dies meanwhile finds it.
+        let record = Record { pid: process.pid, started: process.started, spec: spec.clone() };
+        let qmp = match record.write(&paths.record) {
+            Ok(()) => connect(paths, &process, START).await,
+            Err(err) => Err(file_error("write", &paths.record)(err)),
+        };
+        let qmp = match qmp {
             Ok(qmp) => qmp,
             Err(err) => {
                 process.kill(KILL).await;
                 return Err(err);
             }
         };
-        let record = Record { pid: process.pid, started: process.started, spec: spec.clone() };
         let started = QemuProcess::new(paths.clone(), spec.clone(), process, qmp);
-        let text = serde_json::to_vec(&record).map_err(io::Error::other).map_err(file_error("write", &paths.record))?;
-        let ready = match fs::write(&paths.record, text).map_err(file_error("write", &paths.record)) {
-            Ok(()) => started.set_up(boot).await,
-            Err(err) => Err(err),
-        };
-        if let Err(err) = ready {
+        if let Err(err) = started.set_up(boot).await {
             let _ = started.kill().await;
             return Err(err);
         }
@@ -261,6 +270,18 @@ fn find(paths: &VmPaths) -> Result<(Process, MachineSpec), VmmError> {
     }
 }
 
+/// A VM's process that is not on record, since its daemon died right after it had started it.
+fn stray(paths: &VmPaths) -> Option<Process> {
+    let sign = qmp_argument(paths);
+    let is_ours = |pid: u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).any(|word| word == sign.as_bytes())
+    };
+    let pids = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    // Looked at again with the process held: its number may be another's by now.
+    pids.filter(|pid| is_ours(*pid)).find_map(|pid| Process::watch(pid).ok().filter(|_| is_ours(pid)))
+}
+
 #[async_trait]
 impl Vmm for Qemu {
     async fn launch(&self, spec: &MachineSpec, boot: Boot, dir: &Path) -> Result<Box<dyn VmProcess>, VmmError> {
@@ -279,12 +300,19 @@ impl Vmm for Qemu {
     }
 
     async fn kill(&self, dir: &Path) -> Result<(), VmmError> {
-        match find(&VmPaths::new(dir)) {
-            Ok((process, _)) if process.kill(KILL).await => Ok(()),
-            Ok(_) => Err(VmmError::Timeout { command: "SIGKILL".to_owned(), limit: KILL }),
-            Err(VmmError::Gone { .. }) => Ok(()),
-            Err(err) => Err(err),
+        let paths = VmPaths::new(dir);
+        let process = match find(&paths) {
+            Ok((process, _)) => process,
+            Err(VmmError::Gone { .. }) => match stray(&paths) {
+                Some(process) => process,
+                None => return Ok(()),
+            },
+            Err(err) => return Err(err),
+        };
+        if process.kill(KILL).await {
+            return Ok(());
         }
+        Err(VmmError::Timeout { command: "SIGKILL".to_owned(), limit: KILL })
     }
 }
 

@@ -127,6 +127,12 @@ async fn a_vm_that_does_not_answer_is_not_gone_and_can_be_ended() {
     assert!(matches!(vmm.reattach(&place, LIMIT).await, Err(VmmError::Gone { .. })));
     vmm.kill(&place).await.unwrap();
     vmm.kill(&dir.path().join("nosuch")).await.unwrap();
+    // One whose daemon died before it was on record.
+    let vm = firmware(&vmm, dir.path()).await;
+    std::fs::remove_file(&vm.paths().record).unwrap();
+    vmm.kill(&place).await.unwrap();
+    vm.wait_exit().await;
+    assert!(!vm.is_alive());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use ramet_client::{Client, api};
 use ramet_lab::Lab;
 use ramet_net::{AddressPlan, Egress, HostNet, HostNetOptions, NetworkSpec, TunnelOptions};
@@ -29,6 +29,8 @@ use crate::report::{Goal, Measured, Report};
 const CANDIDATES: u32 = 8;
 /// How long a connection may take. Another one follows.
 const CONNECT: Duration = Duration::from_millis(20);
+/// After so long nothing goes on any more in a clone that is ready.
+const REST: Duration = Duration::from_millis(500);
 
 /// Times of clones of one checkpoint, and of their web servers.
 pub(super) async fn measure(lab: &Lab, quick: bool, report: &mut Report) -> Result<()> {
@@ -55,6 +57,10 @@ pub(super) async fn measure(lab: &Lab, quick: bool, report: &mut Report) -> Resu
     ));
     prepared.tell("prepared clone", report);
     pool.tell("clone out of the pool", report);
+
+    say("web servers alone");
+    let alone = asking.alone(&checkpoint, rounds).await?;
+    alone.tell(report);
     home.remove_vm(&parent.name, true).await?;
     drop_checkpoints(&home).await
 }
@@ -115,6 +121,55 @@ impl Asking {
             }
         }
         Ok(times)
+    }
+
+    /// Clones that are ready and at rest before anybody asks their web server.
+    async fn alone(&mut self, checkpoint: &str, rounds: usize) -> Result<Alone> {
+        let mut alone = Alone::default();
+        for _ in 0..rounds {
+            let clones = api::CloneRequest { wait_agent_s: 120, ..api::CloneRequest::new(1) };
+            let made = self.home.clone_checkpoint(checkpoint, &clones).await?.clones;
+            let clone = made.first().context("No clone")?;
+            let ip = address(&clone.vm)?;
+            self.last = self.last.max(ip);
+            tokio::time::sleep(REST).await;
+            let space = self.space.try_clone()?;
+            let ask = move || -> Result<[f64; 2]> {
+                move_into_link_name_space(space.as_fd(), Some(LinkNameSpaceType::Network))?;
+                let mut took = [0.0; 2];
+                for took in &mut took {
+                    let begin = Instant::now();
+                    ensure!(answers(ip, Duration::from_secs(5)), "The web server at {ip} does not answer");
+                    *took = millis(begin.elapsed());
+                }
+                Ok(took)
+            };
+            // A thread of its own: it stays in the namespace.
+            let asked = std::thread::Builder::new().name("ask".into()).spawn(ask)?;
+            let asked = tokio::task::spawn_blocking(move || asked.join()).await?;
+            self.home.remove_vm(&clone.vm.name, true).await?;
+            let [first, second] = asked.map_err(|_| anyhow!("The thread that asks {ip} panicked"))??;
+            alone.first.push(first);
+            alone.second.push(second);
+        }
+        Ok(alone)
+    }
+}
+
+/// What a web server takes when nothing else is to be done in its clone, in ms: this much of an answer's time is neither the
+/// identity's nor the network's.
+#[derive(Debug, Default)]
+struct Alone {
+    first: Vec<f64>,
+    second: Vec<f64>,
+}
+
+impl Alone {
+    fn tell(self, report: &mut Report) {
+        report.results.extend([
+            Measured::of("clone at rest, ready: first request to Apache".to_owned(), "ms", self.first),
+            Measured::of("clone at rest, ready: second request to Apache".to_owned(), "ms", self.second),
+        ]);
     }
 }
 
@@ -181,7 +236,7 @@ impl Watch {
                     return;
                 }
                 while !stop.load(Ordering::Relaxed) {
-                    if answers(ip) {
+                    if answers(ip, CONNECT) {
                         let now = Instant::now();
                         seen.lock().unwrap_or_else(PoisonError::into_inner).insert(ip, now);
                         return;
@@ -217,9 +272,9 @@ impl Drop for Watch {
     }
 }
 
-/// Whether a web server at this address says 200.
-fn answers(ip: Ipv4Addr) -> bool {
-    let Ok(mut stream) = TcpStream::connect_timeout(&SocketAddr::V4(SocketAddrV4::new(ip, 80)), CONNECT) else {
+/// Whether a web server at this address says 200, and takes the connection within `connect`.
+fn answers(ip: Ipv4Addr, connect: Duration) -> bool {
+    let Ok(mut stream) = TcpStream::connect_timeout(&SocketAddr::V4(SocketAddrV4::new(ip, 80)), connect) else {
         return false;
     };
     let mut status = [0; 12];

@@ -8,7 +8,7 @@ use crate::netlink::NewLinks;
 use crate::network::{self, Card};
 use crate::paths::Paths;
 use crate::subscribers::Subscribers;
-use crate::threads::helper;
+use crate::threads::{Priority, helper};
 use ramet_guest::protocol::{
     Freeze, FreezeAck, GuestId, HookResult, Identity, MAX_PAYLOAD, Release, ReleaseAck, ThawAck,
 };
@@ -195,6 +195,8 @@ impl Control {
         let mut ack = ReleaseAck::default();
         let unwritten = lock(&self.unwritten).take();
         if let Some(identity) = unwritten {
+            // Its servers may answer before the last file has its name.
+            let _modest = Priority::modest();
             let mut step = |what: &str, result: io::Result<network::Remark>| {
                 errors.extend(result.err().map(|error| format!("{what}: {error}")));
             };

@@ -5,7 +5,7 @@
 use crate::control::{Control, clip};
 use crate::network::Card;
 use crate::paths::Paths;
-use crate::threads::Urgent;
+use crate::threads::Priority;
 use crate::{names, network};
 use ramet_guest::protocol::{
     GuestId, GuestNic, Identity, IdentityAck, IdentityStep, MAX_PAYLOAD, MIN_ENTROPY, NicIdentity, from_hex,
@@ -58,7 +58,7 @@ impl Steps {
 pub(crate) fn take(control: &Arc<Control>, identity: &Identity) -> IdentityAck {
     let begun = Instant::now();
     // Until a machine is itself, nothing that others do in it is of use.
-    let _urgent = (identity.clone_number > 0).then(Urgent::begin);
+    let _first = (identity.clone_number > 0).then(Priority::first);
     let paths = &control.paths;
     let mut steps = Steps(Vec::new(), begun);
     let reseeded = steps.note("reseed", reseed(&identity.entropy).map(|()| None));

@@ -11,20 +11,28 @@ pub(crate) fn helper(work: impl FnOnce() + Send + 'static) -> io::Result<std::th
     std::thread::Builder::new().stack_size(STACK).spawn(work)
 }
 
-/// While it lives, this thread comes before all others of the guest's that are not in real time.
+/// While it lives, this thread has another place among the guest's that are not in real time.
 #[derive(Debug)]
-pub(crate) struct Urgent(Option<i32>);
+pub(crate) struct Priority(Option<i32>);
 
-impl Urgent {
-    const NICE: i32 = -20;
+impl Priority {
+    /// Before all others.
+    pub(crate) fn first() -> Self {
+        Self::nice(-20)
+    }
 
-    pub(crate) fn begin() -> Self {
+    /// A quarter of what another one gets, so that work which can wait still comes to its end on a busy machine.
+    pub(crate) fn modest() -> Self {
+        Self::nice(6)
+    }
+
+    fn nice(value: i32) -> Self {
         let before = getpriority_process(None).ok();
-        Self(before.filter(|_| setpriority_process(None, Self::NICE).is_ok()))
+        Self(before.filter(|_| setpriority_process(None, value).is_ok()))
     }
 }
 
-impl Drop for Urgent {
+impl Drop for Priority {
     fn drop(&mut self) {
         if let Some(before) = self.0 {
             let _ = setpriority_process(None, before);

@@ -322,3 +322,24 @@ pub async fn assert_no_network_left(lab: &Lab, host: usize) {
     let published = rules.split("map published").nth(1).and_then(|r| r.split('}').next()).unwrap_or_default();
     assert!(!published.contains("elements"), "{published}");
 }
+
+/// What a host's daemon has on record.
+pub fn recorded(state_dir: &Path) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(state_dir.join("state.json")).unwrap()).unwrap()
+}
+
+/// Changes what a host's daemon remembers, while it does not run.
+pub fn edit_state(state_dir: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
+    let mut state = recorded(state_dir);
+    edit(&mut state);
+    std::fs::write(state_dir.join("state.json"), serde_json::to_vec(&state).unwrap()).unwrap();
+}
+
+/// Waits, without a pause that is worth mentioning, until it is on record.
+pub async fn until_recorded(state_dir: &Path, what: &str, holds: impl Fn(&serde_json::Value) -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !holds(&recorded(state_dir)) {
+        assert!(Instant::now() < deadline, "in {LIMIT:?} it did not come to be on record that {what}");
+        tokio::time::sleep(Duration::from_micros(500)).await;
+    }
+}
