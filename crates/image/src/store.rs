@@ -714,7 +714,7 @@ mod tests {
         store.sweep().unwrap();
         assert!(!left.exists());
         assert_eq!(store.list().unwrap().len(), 1);
-        ImageStore::new(&dir.path().join("nosuch")).sweep().unwrap();
+        ImageStore::new(dir.path().join("nosuch")).sweep().unwrap();
         assert!(!dir.path().join("nosuch").exists());
     }
 

@@ -55,11 +55,18 @@ pub(super) async fn measure(lab: &Lab, quick: bool, report: &mut Report) -> Resu
         prepared.ratio(),
         1.5,
     ));
+    let answered = super::median(&prepared.since_running(&prepared.answered));
     prepared.tell("prepared clone", report);
     pool.tell("clone out of the pool", report);
 
     say("web servers alone");
     let alone = asking.alone(&checkpoint, rounds).await?;
+    let least = (answered + super::median(&alone.first)) / answered;
+    report.results.push(super::one(
+        "prepared clone: ratio if identity and network took no time".to_owned(),
+        "x",
+        least,
+    ));
     alone.tell(report);
     home.remove_vm(&parent.name, true).await?;
     drop_checkpoints(&home).await
