@@ -322,6 +322,23 @@ impl Daemon {
         self.greet(running, REBOOT, &CloneOptions { hooks: false, ..CloneOptions::default() }).await;
     }
 
+    /// The same to a guest that booted, or began to, while there was no daemon to tell it who it is.
+    pub(crate) async fn greet_untold(&self, running: &Running) {
+        let Some(vm) = self.store.read(|s| s.vms.get(&running.id).cloned()) else { return };
+        if vm.guest != "linux" {
+            return;
+        }
+        if vm.agent {
+            // One that is silent may only have much to do.
+            let Ok(client) = self.agent(running, &vm.name, REBOOT).await else { return };
+            if client.guest().generation.is_some() {
+                return;
+            }
+            tracing::info!(vm = %vm.id, name = vm.name, "the guest has booted anew meanwhile");
+        }
+        self.greet_again(running).await;
+    }
+
     // ------------------------------------------------------------------------------------- before a checkpoint
 
     /// Whether the guest can be asked to make ready for a checkpoint.

@@ -46,6 +46,7 @@ pub mod names;
 mod nets;
 pub mod pagers;
 pub mod peers;
+mod plan;
 mod prepared;
 mod reboot;
 pub mod recover;

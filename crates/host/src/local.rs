@@ -14,10 +14,10 @@ use tokio::{net::UnixStream, task::JoinHandle};
 
 use crate::{
     backend,
-    clone::Terms,
     daemon::{Daemon, all},
     error::{ApiError, ApiResult},
     pagers::Pager,
+    plan::Terms,
     prepared::Prepared,
     state::{CheckpointRecord, VmDisk, VmRecord},
     stats::{Clock, us},

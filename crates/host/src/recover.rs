@@ -183,11 +183,8 @@ impl Daemon {
         }
         tracing::info!(vm = %vm.id, name = vm.name, pid = running.process.pid(), "found the VM again");
         self.warm_pool(&vm.spec);
-        // It was booting when the daemon before died, and was not told who it is.
-        if vm.guest == "linux" && !vm.agent {
-            let daemon = self.clone();
-            tokio::spawn(async move { daemon.greet_again(&running).await });
-        }
+        let daemon = self.clone();
+        tokio::spawn(async move { daemon.greet_untold(&running).await });
     }
 
     /// A VM has died while no daemon looked.

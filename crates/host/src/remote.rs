@@ -21,11 +21,11 @@ use ramet_wire::{Descriptor, DescriptorError, PageSource};
 use crate::{
     backend,
     checkpoints::pager_failed,
-    clone::{Parent, Planned, Terms, reserve},
     daemon::{Daemon, all, to_the_end},
     error::{ApiError, ApiResult, from_peer},
     local::LocalClone,
     names::check_vm_name,
+    plan::{Parent, Planned, Terms, reserve},
     state::{CheckpointRecord, now_unix_ms},
     stats::{Clock, us},
     vms::{check_free, check_ttl},

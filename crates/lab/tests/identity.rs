@@ -263,6 +263,15 @@ async fn a_clone_whose_daemon_dies_while_it_boots_anew_boots_all_the_same() {
         home.remove_vm(&clone.name, true).await.unwrap();
     }
     assert_eq!(sh(&home, &machine.name, "hostname").await, machine.name);
+
+    // A guest that was booted boots anew by itself: while there is no daemon.
+    let web = vm(&home, "web").await;
+    let before = sh(&home, "web", "cat /proc/sys/kernel/random/boot_id").await;
+    sh(&home, "web", "setsid sh -c 'sleep 1; echo b >/proc/sysrq-trigger' </dev/null >/dev/null 2>&1 &").await;
+    lab.kill_host_daemon(1).unwrap();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    lab.restart_host_daemon(1).await.unwrap();
+    boots_anew(&home, &web, &before).await;
     lab.down().await.unwrap();
 }
 
