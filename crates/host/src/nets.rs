@@ -228,6 +228,23 @@ fn free_number(
         .remedy("remove VMs of the family, or fork on another host"))
 }
 
+/// Refuses a network with the tunnel number of another one.
+fn check_tunnel_number(state: &State, family: FamilyId, vni: u32, host: &str) -> ApiResult<()> {
+    let families = state.families.values().filter(|f| f.id != family).filter_map(|f| f.network.as_ref());
+    let mut others = families.chain(state.networks.values().map(|n| &n.network));
+    if !others.any(|network| network.vni == vni) {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::WrongState,
+        format!(
+            "Host '{host}' has another family's network with the tunnel number of this one ({vni}), from a time when the \
+             hosts did not know each other"
+        ),
+    )
+    .remedy("remove the VMs of either family: a VM that is booted now gets a number that no other one has"))
+}
+
 impl Daemon {
     // ------------------------------------------------------------------------------------------------ addresses
 
@@ -253,8 +270,12 @@ impl Daemon {
         let named = state.networks.values().map(|n| n.network.vni);
         let families = state.families.values().filter_map(|f| f.network.as_ref());
         let used: Vec<_> = families.map(|n| n.vni).chain(named).collect();
+        // The group numbers its hosts. One that is in none yet may meet another such host's networks later, so it begins anywhere.
         let range = u32::from(self.peers.own_number()) << 16;
-        let vni = (1..=0xffff).map(|n| range | n).find(|vni| !used.contains(vni));
+        let mut start = [0; 2];
+        getrandom::fill(&mut start).map_err(|e| ApiError::internal(format!("No random number for a network: {e}")))?;
+        let start = u32::from(u16::from_ne_bytes(start));
+        let vni = (0..0xffff).map(|n| range | ((start + n) % 0xffff + 1)).find(|vni| !used.contains(vni));
         let vni = vni.ok_or_else(|| ApiError::new(ErrorCode::LimitReached, "This host has made 65535 networks"))?;
         Ok(FamilyNetwork { vni, egress, rate, last_index: 1, hosts: BTreeMap::new() })
     }
@@ -713,6 +734,7 @@ impl Daemon {
         let egress = serde_json::from_value(offer.egress.clone()).map_err(|e| {
             ApiError::new(ErrorCode::BadRequest, format!("The family's network is not understood: {e}"))
         })?;
+        check_tunnel_number(state, family, offer.vni, &self.config.name)?;
         let record = state.families.entry(family).or_insert(crate::state::FamilyRecord { id: family, network: None });
         let network = record.network.get_or_insert(FamilyNetwork {
             vni: offer.vni,
@@ -852,6 +874,19 @@ mod tests {
             .hosts
             .insert("h2".into(), vec![plan.member(3, 5).unwrap()]);
         assert_eq!(free_number(&mut state, family, 3, plan, &[]).unwrap().index, 6);
+    }
+
+    #[test]
+    fn two_families_never_share_a_tunnel_number() {
+        let (mut state, family) = state();
+        let vni = state.network(family).unwrap().vni;
+        check_tunnel_number(&state, family, vni, "h2").unwrap();
+        let other = FamilyId::from_u128(77);
+        let err = check_tunnel_number(&state, other, vni, "h2").unwrap_err();
+        assert!(err.to_string().contains("did not know each other"), "{err}");
+        check_tunnel_number(&state, other, vni + 1, "h2").unwrap();
+        state.families.clear();
+        check_tunnel_number(&state, other, vni, "h2").unwrap();
     }
 
     #[test]

@@ -88,10 +88,17 @@ fn minor_faults_tell_of_pages_that_came_along() {
             // With a record of its own of what it filled, the pager is asked in time and can put the bytes right.
             let (value, faults) = clone.touch(page, Touch::Read, |_| {
                 fill(&file, page, 1, 0x3000 + page);
-                clone.uffd.continue_(clone.addr(page), PAGE).unwrap();
+                if let Err(err) = clone.uffd.continue_(clone.addr(page), PAGE) {
+                    // The kernel may tell of a fault again before the first answer to it has been seen.
+                    assert_eq!(err.kind(), std::io::ErrorKind::AlreadyExists, "{options}");
+                    clone.wake(page);
+                }
             });
             assert_eq!(value, 0x3000 + page, "{options}");
-            assert_eq!(faults, [Fault::minor(page, false)], "{options}");
+            assert!(
+                !faults.is_empty() && faults.iter().all(|f| *f == Fault::minor(page, false)),
+                "{options}: {faults:?}"
+            );
         }
     }
 }

@@ -589,6 +589,14 @@ async fn a_disk_that_is_kept_is_an_image_and_one_that_cannot_be_is_as_it_was() {
     images.mount("remount,size=4g");
     sh(&away, far, "sync; rm /etc/ramet/checkpoint.d/50-no").await;
     let sum = sh(&away, far, "cat /sums/f0").await;
+    // What the other host has does not come: the VM is not held up for ever.
+    let server = pids(&lab, 1, "ramet-disk")[0];
+    signal(server, Signal::STOP);
+    let (_, text) = keep(&away, far, "x", true).await;
+    signal(server, Signal::CONT);
+    assert!(text.contains("it waits for another host"), "{text}");
+    assert_eq!(right(&away, far).await, 1);
+    assert_eq!(stored(), ["default", "web"]);
     away.remove_vm_keeping_disk(far, "far", false).await.unwrap();
     assert!(names(&away).await.is_empty());
     write_again(&home, "web").await;
