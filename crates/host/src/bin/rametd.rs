@@ -102,7 +102,7 @@ struct Arguments {
     #[arg(long)]
     stop_vms_on_exit: bool,
     /// Print the OpenAPI document and end.
-    #[arg(long, exclusive = true)]
+    #[arg(long)]
     print_openapi: bool,
     /// Tell what this host can do, as JSON, and end.
     #[arg(long)]
