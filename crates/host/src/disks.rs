@@ -158,19 +158,25 @@ impl Daemon {
         Ok(DiskChain { base, layers: disk.frozen.layers.iter().map(path).collect(), active: path(&disk.active) })
     }
 
+    /// What a frozen disk is made of.
+    pub(crate) async fn frozen_files(&self, family: FamilyId, frozen: &FrozenDisk) -> ApiResult<ChainPaths> {
+        let golden = match frozen.origin {
+            Some(_) => None,
+            None => Some(self.golden_file(&frozen.golden).await?),
+        };
+        Ok(ChainPaths {
+            size: frozen.size.bytes(),
+            golden,
+            origin: frozen.origin.as_ref().map(|o| o.socket.clone()),
+            layers: frozen.layers.iter().map(|l| self.overlay_path(family, *l)).collect(),
+        })
+    }
+
     /// What a VM's disk is made of, its own overlay on top.
     pub(crate) async fn disk_files(&self, family: FamilyId, disk: &VmDisk) -> ApiResult<ChainPaths> {
-        let golden = match disk.frozen.origin {
-            Some(_) => None,
-            None => Some(self.golden_file(&disk.frozen.golden).await?),
-        };
-        let layers = disk.frozen.layers.iter().chain([&disk.active]);
-        Ok(ChainPaths {
-            size: disk.frozen.size.bytes(),
-            golden,
-            origin: disk.frozen.origin.as_ref().map(|o| o.socket.clone()),
-            layers: layers.map(|l| self.overlay_path(family, *l)).collect(),
-        })
+        let mut files = self.frozen_files(family, &disk.frozen).await?;
+        files.layers.push(self.overlay_path(family, disk.active));
+        Ok(files)
     }
 
     /// Gives a VM that does not run yet its disk and data volumes. Its overlay is made here.

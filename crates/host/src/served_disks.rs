@@ -12,7 +12,7 @@ use std::{
 
 use ramet_client::api::{ErrorCode, PeerDisk, PeerDiskServer, PeerDiskSources, PeerGolden, PeerSource};
 use ramet_disk::{
-    ChainPaths, DiskId,
+    DiskId,
     control::{DiskStatus, ExtentsReply, FrozenReply, MAX_SOURCES, RemoteReply, Request, SourceAddress, StatusReply},
 };
 use ramet_memory::{ByteSize, FamilyId, ImageId};
@@ -53,16 +53,7 @@ impl Daemon {
         };
         let server = self.disk_server(record.family).await?;
         let address = self.disk_address(&server).await?;
-        let golden = match frozen.origin {
-            Some(_) => None,
-            None => Some(self.golden_file(&frozen.golden).await?),
-        };
-        let chain = ChainPaths {
-            size: frozen.size.bytes(),
-            golden,
-            origin: frozen.origin.as_ref().map(|o| o.socket.clone()),
-            layers: frozen.layers.iter().map(|l| self.overlay_path(record.family, *l)).collect(),
-        };
+        let chain = self.frozen_files(record.family, frozen).await?;
         let _: FrozenReply = self.ask_disk_server(&server, &Request::FrozenAdd { disk, chain }).await?;
         let map: ExtentsReply = self.ask_disk_server(&server, &Request::Extents { disk }).await?;
         let extents = serde_json::to_value(&map.extents).ok().and_then(|v| v.as_str().map(str::to_owned));

@@ -101,10 +101,6 @@ fn signal(pid: u32, signal: Signal) {
     rustix::process::kill_process(rustix::process::Pid::from_raw(pid.cast_signed()).unwrap(), signal).unwrap();
 }
 
-async fn state_dir(lab: &Lab, host: usize) -> PathBuf {
-    lab.client(host).info().await.unwrap().state_dir.into()
-}
-
 /// The overlays of a host.
 fn overlays(state_dir: &Path) -> Vec<PathBuf> {
     let of = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path());
@@ -539,23 +535,31 @@ impl Drop for Small {
     }
 }
 
+/// Has a lab use a store of images of its own, with those that the tests need.
+fn use_images_in(dir: &Path, options: &mut LabOptions) {
+    for name in ["default", "web"] {
+        std::os::unix::fs::symlink(options.image_dir.join(name), dir.join(name)).unwrap();
+    }
+    options.image_dir = dir.to_owned();
+}
+
+/// What is in a store of images.
+fn stored(dir: &Path) -> Vec<String> {
+    let names = fs::read_dir(dir).unwrap().flatten().map(|e| e.file_name().into_string().unwrap());
+    let mut names: Vec<_> = names.filter(|name| name != ".lock").collect();
+    names.sort();
+    names
+}
+
 #[tokio::test]
 async fn a_disk_that_is_kept_is_an_image_and_one_that_cannot_be_is_as_it_was() {
     // A store of images of its own, in which nothing has room.
     let images = Small::new("120m");
     let mut options = LabOptions::for_test("keep").unwrap().hosts(2).daemon_arg("--pool").daemon_arg("0");
-    for name in ["default", "web"] {
-        std::os::unix::fs::symlink(options.image_dir.join(name), images.0.path().join(name)).unwrap();
-    }
-    options.image_dir = images.0.path().to_owned();
+    use_images_in(images.0.path(), &mut options);
     let lab = Lab::up(&options).await.unwrap();
     let (home, away) = (lab.client(1), lab.client(2));
-    let stored = || {
-        let names = fs::read_dir(images.0.path()).unwrap().flatten().map(|e| e.file_name().into_string().unwrap());
-        let mut names: Vec<_> = names.filter(|name| name != ".lock").collect();
-        names.sort();
-        names
-    };
+    let stored = || stored(images.0.path());
     boot(&home, &guest("web")).await;
     files(&home, "web", 2, 6).await;
     home.run(&api::RunRequest { disk: None, ..guest("none") }).await.unwrap();
@@ -633,10 +637,7 @@ async fn a_disk_that_is_kept_is_an_image_and_one_that_cannot_be_is_as_it_was() {
 async fn the_daemon_dies_while_a_disk_is_kept_or_layers_are_merged() {
     let images = tempfile::tempdir().unwrap();
     let mut options = LabOptions::for_test("midway").unwrap().hosts(1).daemon_arg("--pool").daemon_arg("0");
-    for name in ["default", "web"] {
-        std::os::unix::fs::symlink(options.image_dir.join(name), images.path().join(name)).unwrap();
-    }
-    options.image_dir = images.path().to_owned();
+    use_images_in(images.path(), &mut options);
     options = options.daemon_arg("--merge-layers").daemon_arg("3");
     let mut lab = Lab::up(&options).await.unwrap();
     let home = lab.client(1);
@@ -659,9 +660,7 @@ async fn the_daemon_dies_while_a_disk_is_kept_or_layers_are_merged() {
         lab.restart_host_daemon(1).await.unwrap();
         until("it runs again", || async { vm(&home, "web").await.state == VmState::Running }).await;
         assert_eq!(right(&home, "web").await, 2);
-        let left = fs::read_dir(images.path()).unwrap().flatten().map(|e| e.file_name().into_string().unwrap());
-        let left: Vec<_> = left.filter(|name| !["default", "web", ".lock"].contains(&&**name)).collect();
-        assert!(left.is_empty(), "{left:?}");
+        assert_eq!(stored(images.path()), ["default", "web"]);
     }
 
     let layers = || async { vm(&home, "web").await.disk.unwrap().layers };

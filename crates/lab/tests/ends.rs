@@ -4,12 +4,8 @@
 mod support;
 
 use ramet_client::api::{self, ErrorCode, VmState};
-use ramet_lab::Lab;
 use ramet_memory::ByteSize;
-use std::{
-    path::PathBuf,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use support::*;
 
 /// Pages that a big guest fills: copying them out of it takes a while.
@@ -24,10 +20,6 @@ fn big_request(name: &str) -> api::RunRequest {
 fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();
-}
-
-async fn state_dir(lab: &Lab, host: usize) -> PathBuf {
-    lab.client(host).info().await.unwrap().state_dir.into()
 }
 
 #[tokio::test]

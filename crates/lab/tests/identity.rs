@@ -245,7 +245,7 @@ async fn a_clone_whose_daemon_dies_while_it_boots_anew_boots_all_the_same() {
     home.run(&request).await.unwrap();
     let (_, made) = fork(&home, "web", 1, &[]).await;
     let machine = vm(&home, &made[0]).await;
-    let state: std::path::PathBuf = home.info().await.unwrap().state_dir.into();
+    let state = state_dir(&lab, 1).await;
     for pause in [0, 40, 120, 250] {
         // Of a clone again, each time.
         let (_, made) = fork(&home, &machine.name, 1, &[]).await;

@@ -90,7 +90,7 @@ async fn a_host_out_of_addresses_refuses_clones_and_harms_nobody() {
     let web = home.run(&small("web", api::Egress::None)).await.unwrap();
     let (_, first) = fork(&home, "web", 1, &[]).await;
     assert_eq!([ip(&web), ip(&vm(&home, &first[0]).await)], ["100.64.0.2", "100.64.0.3"]);
-    let state: std::path::PathBuf = home.info().await.unwrap().state_dir.into();
+    let state = state_dir(&lab, 1).await;
     lab.kill_host_daemon(1).unwrap();
     edit_state(&state, |state| {
         let member = |[high, low]: [u8; 2]| serde_json::json!({ "mac": format!("02:52:64:40:{high:02x}:{low:02x}"), "ip": format!("100.64.{high}.{low}") });

@@ -1,6 +1,10 @@
 //! What can go wrong with a VMM.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// A VMM did not do what was asked. The text names the thing and the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -78,4 +82,10 @@ pub enum VmmError {
     /// A machine that can't be started.
     #[error("{0}")]
     Spec(String),
+}
+
+/// What cannot be done with a file.
+pub(crate) fn file_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VmmError {
+    let path = path.to_owned();
+    move |source| VmmError::File { what, path, source }
 }

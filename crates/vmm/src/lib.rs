@@ -15,6 +15,7 @@ mod pool;
 mod process;
 mod qemu;
 pub mod qmp;
+mod record;
 
 pub use cpus::ControlRegisters;
 pub use devices::{Base, DiskChain, LayerSwap, MAX_NODE_NAME, Nic};

@@ -13,12 +13,13 @@
 use crate::{
     Base, Boot, DiskChain, ExitInfo, LayerSwap, MachineSpec, NextOverlays, Nic, Resumed, SavedState, VmPaths,
     VmProcess, Vmm, VmmError, devices,
-    machine::{arguments, qmp_argument},
-    process::{Process, start_time},
+    error::file_error,
+    machine::arguments,
+    process::Process,
     qmp::{Event, Qmp},
+    record::{Record, find, stray},
 };
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{
     fs::{self, File},
@@ -80,28 +81,6 @@ pub struct Qemu {
     /// `/dev/userfaultfd`, inherited by every QEMU, which may not open it. Open for ever and harmless: whoever has it can make
     /// a userfaultfd for its own memory.
     device: Option<Arc<File>>,
-}
-
-/// `vmm.json`.
-#[derive(Debug, Serialize, Deserialize)]
-struct Record {
-    pid: u32,
-    started: u64,
-    spec: MachineSpec,
-}
-
-impl Record {
-    /// Whole, or not at all.
-    fn write(&self, path: &Path) -> io::Result<()> {
-        let new = path.with_extension("new");
-        fs::write(&new, serde_json::to_vec(self)?)?;
-        fs::rename(&new, path)
-    }
-}
-
-fn file_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VmmError {
-    let path = path.to_owned();
-    move |source| VmmError::File { what, path, source }
 }
 
 impl Qemu {
@@ -251,35 +230,6 @@ async fn connect(paths: &VmPaths, process: &Process, limit: Duration) -> Result<
             }
         }
     }
-}
-
-/// The process of a VM on record. Only one that runs no more is gone.
-fn find(paths: &VmPaths) -> Result<(Process, MachineSpec), VmmError> {
-    let gone = || VmmError::Gone { dir: paths.dir.clone() };
-    let text = fs::read(&paths.record).map_err(|_| gone())?;
-    let record: Record = serde_json::from_slice(&text).map_err(|_| gone())?;
-    if start_time(record.pid).ok() != Some(record.started) {
-        return Err(gone());
-    }
-    match Process::watch(record.pid) {
-        // Another process may have the number by now.
-        Ok(process) if process.started != record.started => Err(gone()),
-        Ok(process) => Ok((process, record.spec)),
-        Err(_) if start_time(record.pid).ok() != Some(record.started) => Err(gone()),
-        Err(err) => Err(file_error("watch the process of", &paths.dir)(err)),
-    }
-}
-
-/// A VM's process that is not on record, since its daemon died right after it had started it.
-fn stray(paths: &VmPaths) -> Option<Process> {
-    let sign = qmp_argument(paths);
-    let is_ours = |pid: u32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.split(|byte| *byte == 0).any(|word| word == sign.as_bytes())
-    };
-    let pids = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    // Looked at again with the process held: its number may be another's by now.
-    pids.filter(|pid| is_ours(*pid)).find_map(|pid| Process::watch(pid).ok().filter(|_| is_ours(pid)))
 }
 
 #[async_trait]

@@ -323,6 +323,11 @@ pub async fn assert_no_network_left(lab: &Lab, host: usize) {
     assert!(!published.contains("elements"), "{published}");
 }
 
+/// Where a host's daemon keeps what it knows.
+pub async fn state_dir(lab: &Lab, host: usize) -> PathBuf {
+    lab.client(host).info().await.unwrap().state_dir.into()
+}
+
 /// What a host's daemon has on record.
 pub fn recorded(state_dir: &Path) -> serde_json::Value {
     serde_json::from_slice(&std::fs::read(state_dir.join("state.json")).unwrap()).unwrap()
